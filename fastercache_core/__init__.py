@@ -1,0 +1,13 @@
+"""The arithmetic of FasterCache and FRDiff: plain tensors and small dataclasses, no ComfyUI.
+
+clock     where a run is: evaluations, sigmas, windows
+schedule  which action each evaluation takes
+forecast  how a cached quantity is carried forward in sigma
+bands     the low and high spatial frequencies of a tensor
+guidance  CFG-Cache: the unconditional output from the conditional one
+reuse     dynamic feature reuse: attention outputs from the cache
+jump      whole evaluations forecast from earlier ones
+memory    cached features, per branch and per site
+report    what a run did, as JSON, as a line and as text
+metrics   PSNR and SSIM
+"""

@@ -1,0 +1,80 @@
+"""How a cached quantity is carried forward: a polynomial in sigma through its last values."""
+from collections import deque
+
+# A forecast is a blend of polynomial orders: {order: share}, shares summing to 1.
+HOLD = {0: 1.0}
+LINEAR = {1: 1.0}
+QUADRATIC = {2: 1.0}
+FORECASTS = {"hold": HOLD, "linear": LINEAR, "quadratic": QUADRATIC, "blend": {1: 1 / 3, 2: 2 / 3}}
+
+
+def lagrange(nodes, sigma):
+    """Weights of the values at `nodes` in their interpolation polynomial at `sigma` (floats)."""
+    weights = []
+    for i, a in enumerate(nodes):
+        weight = 1.0
+        for j, b in enumerate(nodes):
+            if j != i:
+                weight *= (sigma - b) / (a - b)
+        weights.append(weight)
+    return weights
+
+
+def forecast_weights(nodes, sigma, forecast):
+    """Weight of each value at `nodes` (newest first) in the blended forecast at `sigma`."""
+    weights = [0.0] * len(nodes)
+    for order, share in forecast.items():
+        for i, weight in enumerate(lagrange(nodes[:order + 1], sigma)):
+            weights[i] += share * weight
+    return weights
+
+
+def combine(tensors, weights):
+    """Sum of tensors times floats, in a new tensor of the first one's shape and dtype."""
+    total = tensors[0] * weights[0]
+    for tensor, weight in zip(tensors[1:], weights[1:]):
+        total.add_(tensor, alpha=weight)
+    return total
+
+
+class History:
+    """The last values of one quantity with the sigmas they were computed at, newest first."""
+
+    def __init__(self, forecast):
+        """`forecast`: blend of orders, {order: share}."""
+        self.forecast = forecast
+        self.depth = max(forecast) + 1
+        self.values = deque(maxlen=self.depth)
+
+    def push(self, sigma, value):
+        """Remember `value` (one tensor or a tuple of tensors) as computed at `sigma`."""
+        # Two-stage samplers visit a sigma twice; a polynomial needs distinct nodes.
+        kept = [v for v in self.values if abs(v[0] - sigma) > 1e-6 * max(abs(sigma), 1e-6)]
+        self.values = deque([(sigma, value), *kept], maxlen=self.depth)
+
+    def clear(self):
+        """Forget everything."""
+        self.values.clear()
+
+    @property
+    def ready(self):
+        """True when the forecast has as many values as its order needs."""
+        return len(self.values) == self.depth
+
+    @property
+    def newest(self):
+        """The value pushed last."""
+        return self.values[0][1]
+
+    def at(self, sigma):
+        """Forecast the quantity at `sigma`: a new tensor, or a tuple of them."""
+        weights = forecast_weights([s for s, _ in self.values], sigma, self.forecast)
+        values = [v for _, v in self.values]
+        if isinstance(values[0], tuple):
+            return tuple(combine(part, weights) for part in zip(*values))
+        return combine(values, weights)
+
+    def tensors(self):
+        """Every tensor held."""
+        for _, value in self.values:
+            yield from value if isinstance(value, tuple) else (value,)

@@ -1,0 +1,109 @@
+"""CFG-Cache: skip the unconditional pass and rebuild its output from the conditional one.
+
+FasterCache (arXiv 2410.19355) section 3.2, eq. 6-11. With D = uncond - cond at the last full
+evaluation, D_low = low_pass(D) and D_high = D - D_low, the paper's transform, mask, add and
+inverse transform is linear and equals
+
+    uncond = cond + w_low * D_low + w_high * D_high
+
+so a skipped evaluation needs no transform at all. D lives in the network's own output space
+(noise or velocity); there it changes slowly, while the denoised outputs differ by a factor
+that moves with sigma.
+"""
+from dataclasses import dataclass, field
+
+from .bands import low_pass
+from .clock import Window
+from .forecast import FORECASTS, History
+from .schedule import Interval, IntervalSchedule
+
+WEIGHTS = ("none", "paper", "released")
+
+
+@dataclass(frozen=True)
+class GuidanceSettings:
+    """How CFG-Cache skips and estimates.
+
+    interval: one full evaluation in `interval.every`, inside its window.
+    forecast: how the difference is carried forward, a key of `FORECASTS`.
+    weights: "none"; "paper" = eq. 11, low band 1 + alpha before `switch`, high band 1 + alpha
+        after it; "released" = the published code: both bands compound by (1 + alpha) with every
+        skipped evaluation in a row, each inside its own window.
+    radius: low band as a fraction of the shorter latent side.
+    switch: t0 of eq. 11, as a fraction of sampling.
+    """
+    interval: Interval = field(default_factory=Interval)
+    forecast: str = "linear"
+    weights: str = "none"
+    radius: float = 0.2
+    alpha_low: float = 0.2
+    alpha_high: float = 0.2
+    switch: float = 0.6
+    low_window: Window = Window(0.0, 0.8)
+    high_window: Window = Window(0.6, 1.0)
+
+
+def paper_weights(before_switch, alpha_low, alpha_high):
+    """(w_low, w_high) of eq. 11: one of the two bands is raised, by the side of t0 we are on."""
+    return (1 + alpha_low, 1.0) if before_switch else (1.0, 1 + alpha_high)
+
+
+def compound(weight, alpha, active):
+    """Band weight of the released code after one more skipped evaluation in a row."""
+    return weight * (1 + alpha) if active else weight
+
+
+class GuidanceCache:
+    """CFG-Cache during one run, for one unconditional branch."""
+
+    def __init__(self, settings, percent_to_sigma):
+        self.settings = settings
+        self.schedule = IntervalSchedule(settings.interval, percent_to_sigma)
+        self.history = History(FORECASTS[settings.forecast])
+        self.switch = float(percent_to_sigma(settings.switch))
+        self.low_window = settings.low_window.sigmas(percent_to_sigma)
+        self.high_window = settings.high_window.sigmas(percent_to_sigma)
+        self.weights = (1.0, 1.0)
+
+    def may_estimate(self, evaluation):
+        """True when the schedule allows it and enough differences are known."""
+        return self.history.ready and self.schedule.may_skip(evaluation)
+
+    def observe(self, evaluation, difference):
+        """Remember the difference uncond - cond of a full evaluation, in output space."""
+        if self.settings.weights != "none":
+            low = low_pass(difference, self.settings.radius)
+            difference = (low, difference - low)
+        self.history.push(evaluation.sigma, difference)
+        self.schedule.computed(evaluation)
+        self.weights = (1.0, 1.0)
+
+    def difference(self, evaluation):
+        """Estimated uncond - cond at `evaluation`, a new tensor in output space."""
+        forecast = self.history.at(evaluation.sigma)
+        if not isinstance(forecast, tuple):
+            return forecast
+        self.weights = self._next_weights(evaluation.sigma)
+        low, high = forecast
+        return low.mul_(self.weights[0]).add_(high, alpha=self.weights[1])
+
+    def tensors(self):
+        """Every tensor held."""
+        return self.history.tensors()
+
+    def reset(self):
+        """Forget everything, so that the next evaluation is full."""
+        self.history.clear()
+        self.schedule.reset()
+
+    def _next_weights(self, sigma):
+        s = self.settings
+        if s.weights == "paper":
+            return paper_weights(sigma > self.switch, s.alpha_low, s.alpha_high)
+        low, high = self.weights
+        return (compound(low, s.alpha_low, _within(self.low_window, sigma)),
+                compound(high, s.alpha_high, _within(self.high_window, sigma)))
+
+
+def _within(window, sigma):
+    return window[1] <= sigma <= window[0]

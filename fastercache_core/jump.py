@@ -1,0 +1,46 @@
+"""Evaluations without the network: the conditional output forecast from earlier evaluations.
+
+The reduced-NFE part of FRDiff (arXiv 2312.03517) with a polynomial in sigma in place of its
+held score. The other branches follow from their differences to this one, see `guidance`.
+"""
+from dataclasses import dataclass, field
+
+from .forecast import FORECASTS, History
+from .schedule import Interval, IntervalSchedule
+
+
+@dataclass(frozen=True)
+class JumpSettings:
+    """interval: one computed evaluation in `interval.every`; forecast: a key of `FORECASTS`."""
+    interval: Interval = field(default_factory=Interval)
+    forecast: str = "blend"
+
+
+class JumpCache:
+    """The conditional branch's output and its forecast, during one run."""
+
+    def __init__(self, settings, percent_to_sigma):
+        self.schedule = IntervalSchedule(settings.interval, percent_to_sigma)
+        self.history = History(FORECASTS[settings.forecast])
+
+    def may_jump(self, evaluation):
+        """True when the schedule allows it and enough outputs are known."""
+        return self.history.ready and self.schedule.may_skip(evaluation)
+
+    def observe(self, evaluation, cond):
+        """Remember the conditional output of a computed evaluation, in output space."""
+        self.history.push(evaluation.sigma, cond)
+        self.schedule.computed(evaluation)
+
+    def cond(self, evaluation):
+        """Forecast of the conditional output at `evaluation`, a new tensor in output space."""
+        return self.history.at(evaluation.sigma)
+
+    def tensors(self):
+        """Every tensor held."""
+        return self.history.tensors()
+
+    def reset(self):
+        """Forget everything, so that the next evaluation is computed."""
+        self.history.clear()
+        self.schedule.reset()

@@ -1,0 +1,21 @@
+"""The nodes of the pack: one file per node family, host knowledge under `host`."""
+from comfy_api.latest import ComfyExtension
+
+from .cfg_cache import FasterCacheCFG
+from .compare import FasterCacheCompare
+from .fastercache import FasterCache
+from .report import FasterCacheReport
+
+NODES = [FasterCache, FasterCacheCFG, FasterCacheReport, FasterCacheCompare]
+
+
+class FasterCacheExtension(ComfyExtension):
+    """Hands the nodes to ComfyUI."""
+
+    async def get_node_list(self):
+        return NODES
+
+
+async def comfy_entrypoint():
+    """What ComfyUI calls when it loads the pack."""
+    return FasterCacheExtension()

@@ -1,0 +1,9 @@
+"""Everything that knows ComfyUI's internals.
+
+attach        puts settings and wrappers on a clone of a MODEL
+run           one sampling run: decides, skips, estimates, reports
+branches      which conditioning is which, and when it changes
+output_space  between the host's denoised space and the network's output space
+samplers      facts about the host's samplers
+attention     attention modules of each model family, and how they are swapped
+"""

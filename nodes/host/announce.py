@@ -1,0 +1,13 @@
+"""Tells the web page what a run skipped, so that it stands on the node itself."""
+from server import PromptServer
+
+from ...fastercache_core.report import short_line
+
+EVENT = "fastercache.report"
+
+
+def announce(node_id, report):
+    """Send a run's one-line summary for node `node_id`; without a page or a node, do nothing."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None:
+        server.send_sync(EVENT, {"node": node_id, "text": short_line(report)})

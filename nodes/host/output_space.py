@@ -1,0 +1,34 @@
+"""Between the denoised outputs that the host hands around and the network's own output space."""
+import torch
+
+
+class OutputSpace:
+    """The affine map denoised = skip(x) + scale * output at one evaluation.
+
+    It holds for every prediction type of the host (noise, velocity, flow, EDM, x0), so it is
+    read off `model_sampling` instead of being written down per family.
+    """
+
+    def __init__(self, model_sampling, sigma, x):
+        """sigma: [batch]; x: [batch, ...], the sampler's latent."""
+        one = torch.ones((sigma.shape[0],) + (1,) * (x.ndim - 1), dtype=x.dtype, device=x.device)
+        zero = torch.zeros_like(one)
+        self.scale = (model_sampling.calculate_denoised(sigma, one, zero)
+                      - model_sampling.calculate_denoised(sigma, zero, zero))
+        self._denoised = lambda output: model_sampling.calculate_denoised(sigma, output, x)
+
+    def output(self, denoised):
+        """The network output behind `denoised`, same shape."""
+        return (denoised - self._denoised(torch.zeros_like(denoised))) / self.scale
+
+    def denoised(self, output):
+        """The denoised latent of a network output, same shape."""
+        return self._denoised(output)
+
+    def difference(self, denoised, reference):
+        """Difference of two denoised latents of one evaluation, in output space."""
+        return (denoised - reference) / self.scale
+
+    def add(self, reference, difference):
+        """`reference` (denoised) plus a difference in output space, as denoised."""
+        return torch.addcmul(reference, self.scale.to(difference.dtype), difference)

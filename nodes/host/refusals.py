@@ -1,0 +1,52 @@
+"""What cannot work with what, decided before sampling starts: every refusal has its reason."""
+from .attention import find_family
+from .samplers import sampler_facts, sampler_name
+
+METHODS = ("jump", "guidance", "reuse")
+
+
+def refusals(settings, guider, sampler):
+    """Methods of `settings` that must not run here, dict method name -> reason."""
+    wanted = [name for name in METHODS if getattr(settings, name) is not None]
+    reason = _everything(guider, sampler)
+    if reason:
+        return dict.fromkeys(wanted, reason)
+    checks = {"jump": _jump(sampler), "guidance": _guidance(guider), "reuse": _reuse(guider)}
+    return {name: checks[name] for name in wanted if checks[name]}
+
+
+def _everything(guider, sampler):
+    options = guider.model_options
+    if "easycache" in options.get("transformer_options", {}):
+        return "EasyCache or LazyCache is on the same model: nothing is skipped here, remove one of the two"
+    if options.get("context_handler") is not None:
+        return "context windows are not cached yet: nothing is skipped"
+    if options.get("multigpu_clones"):
+        return "sampling on several GPUs at once is not cached yet: nothing is skipped"
+    if sampler_facts(sampler) is None:
+        return f"the calls of sampler {sampler_name(sampler)} cannot be foreseen: nothing is skipped"
+    return None
+
+
+def _jump(sampler):
+    facts = sampler_facts(sampler)
+    if facts.noise:
+        return f"sampler {sampler_name(sampler)} adds noise on the way: no evaluation is forecast"
+    if facts.calls > 1 or facts.order > 1:
+        return (f"sampler {sampler_name(sampler)} builds on differences between evaluations: "
+                "none is forecast")
+    return None
+
+
+def _guidance(guider):
+    if getattr(guider, "cfg", None) == 1.0 and not guider.model_options.get("disable_cfg1_optimization"):
+        return "cfg is 1.0: there is no unconditional pass to skip"
+    return None
+
+
+def _reuse(guider):
+    network = guider.model_patcher.model.diffusion_model
+    network = getattr(network, "_orig_mod", network)
+    if find_family(network) is None:
+        return f"feature reuse does not know {type(network).__name__} yet: its attention always runs"
+    return None

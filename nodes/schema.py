@@ -1,0 +1,41 @@
+"""What the nodes' schemas have in common, and fields that only newer hosts know."""
+from comfy_api.latest import io
+
+from ..fastercache_core.clock import Window
+
+CATEGORY = "FasterCache"
+ALIASES = ["cache", "speed", "faster", "teacache", "easycache", "wavespeed", "first block cache",
+           "magcache", "deepcache", "cfg cache", "frdiff"]
+
+
+def schema(**fields):
+    """An `io.Schema` in the pack's category, with search words where the host has them."""
+    if "search_aliases" in io.Schema.__dataclass_fields__:
+        fields.setdefault("search_aliases", ALIASES)
+    return io.Schema(category=CATEGORY, **fields)
+
+
+def advanced(widget):
+    """The same input, folded away under "advanced" by pages that know the word."""
+    widget.extra_dict = {**(widget.extra_dict or {}), "advanced": True}
+    return widget
+
+
+def window_inputs(start=0.0, end=1.0):
+    """The two inputs that bound a window of sampling."""
+    return [
+        advanced(io.Float.Input("start_percent", default=start, min=0.0, max=1.0, step=0.01,
+                                tooltip="Nothing is skipped before this part of sampling. "
+                                        "Higher is safer: the first steps decide the layout.")),
+        advanced(io.Float.Input("end_percent", default=end, min=0.0, max=1.0, step=0.01,
+                                tooltip="Nothing is skipped after this part of sampling. The very "
+                                        "last step is always computed.")),
+    ]
+
+
+def window(node, start_percent, end_percent):
+    """The Window of the two inputs. Raises ValueError naming `node` when they are the wrong way round."""
+    if start_percent > end_percent:
+        raise ValueError(f"{node}: start_percent is {start_percent}, which is after end_percent "
+                         f"{end_percent}; it must be the same or smaller.")
+    return Window(start_percent, end_percent)
