@@ -1,11 +1,7 @@
 """How a cached quantity is carried forward: a polynomial in sigma through its last values."""
-from collections import deque
 
 # A forecast is a blend of polynomial orders: {order: share}, shares summing to 1.
-HOLD = {0: 1.0}
-LINEAR = {1: 1.0}
-QUADRATIC = {2: 1.0}
-FORECASTS = {"hold": HOLD, "linear": LINEAR, "quadratic": QUADRATIC, "blend": {1: 1 / 3, 2: 2 / 3}}
+FORECASTS = {"hold": {0: 1.0}, "linear": {1: 1.0}, "quadratic": {2: 1.0}, "blend": {1: 1 / 3, 2: 2 / 3}}
 
 
 def lagrange(nodes, sigma):
@@ -44,27 +40,22 @@ class History:
         """`forecast`: blend of orders, {order: share}."""
         self.forecast = forecast
         self.depth = max(forecast) + 1
-        self.values = deque(maxlen=self.depth)
+        self.values = []
 
     def push(self, sigma, value):
         """Remember `value` (one tensor or a tuple of tensors) as computed at `sigma`."""
         # Two-stage samplers visit a sigma twice; a polynomial needs distinct nodes.
         kept = [v for v in self.values if abs(v[0] - sigma) > 1e-6 * max(abs(sigma), 1e-6)]
-        self.values = deque([(sigma, value), *kept], maxlen=self.depth)
+        self.values = [(sigma, value), *kept[:self.depth - 1]]
 
     def clear(self):
         """Forget everything."""
-        self.values.clear()
+        self.values = []
 
     @property
     def ready(self):
         """True when the forecast has as many values as its order needs."""
         return len(self.values) == self.depth
-
-    @property
-    def newest(self):
-        """The value pushed last."""
-        return self.values[0][1]
 
     def at(self, sigma):
         """Forecast the quantity at `sigma`: a new tensor, or a tuple of them."""

@@ -1,0 +1,61 @@
+"""What a run tells about itself, and the measures of quality."""
+import json
+import math
+
+import pytest
+import torch
+
+from fastercache_core.metrics import psnr, ssim
+from fastercache_core.report import EvaluationRecord, RunReport, full_text, short_line, summary_line
+
+
+def report():
+    records = [EvaluationRecord(0, 1.0, {"cond": "FULL", "uncond": "FULL"}, 2, 2, 0.1),
+               EvaluationRecord(1, 0.5, {"cond": "REUSE", "uncond": "ESTIMATE"}, 1, 2, 0.05),
+               EvaluationRecord(2, 0.2, {"cond": "JUMP", "uncond": "JUMP"}, 0, 2, 0.01)]
+    result = RunReport({"settings": "test", "sampler": "euler"}, records, 0.16, {"cpu": 1_000_000})
+    result.note("because")
+    result.note("because")
+    return result
+
+
+def test_totals_count_rows_and_actions():
+    totals = report().totals()
+    assert totals["evaluations"] == {"FULL": 1, "ESTIMATE+REUSE": 1, "JUMP": 1}
+    assert (totals["rows"], totals["rows_full"], totals["cost"]) == (3, 6, 0.5)
+
+
+def test_report_is_json_with_its_version_first_and_each_reason_once():
+    data = json.loads(json.dumps(report().as_dict()))
+    assert list(data) == ["version", "run", "evaluations", "totals", "notes"]
+    assert data["notes"] == ["because"]
+
+
+def test_lines_for_people_say_what_was_skipped_and_why_not_more():
+    data = report().as_dict()
+    assert short_line(data) == "50% of the network rows run (1 ESTIMATE+REUSE, 1 FULL, 1 JUMP)"
+    assert "3 of 6 rows" in summary_line(data) and "because" in summary_line(data)
+    assert full_text(data).count("\n") == 5
+
+
+def test_psnr_is_twenty_decibels_for_a_tenth_of_the_peak():
+    a = torch.zeros(2, 3, 16, 16)
+    assert psnr(a, a + 0.1).tolist() == pytest.approx([20.0, 20.0])
+    assert math.isinf(psnr(a, a)[0])
+
+
+def test_ssim_is_one_for_equal_pictures_and_falls_with_noise():
+    g = torch.Generator().manual_seed(0)
+    a = torch.rand(1, 3, 32, 32, generator=g)
+    noise = torch.randn(1, 3, 32, 32, generator=g)
+    values = [ssim(a, a + k * noise).item() for k in (0.0, 0.05, 0.2)]
+    assert values[0] == pytest.approx(1.0) and values[0] > values[1] > values[2]
+
+
+def test_ssim_agrees_with_the_reference_implementation():
+    reference = pytest.importorskip("torchmetrics.functional.image")
+    g = torch.Generator().manual_seed(1)
+    a = torch.rand(2, 3, 48, 40, generator=g)
+    b = (a + 0.1 * torch.randn(2, 3, 48, 40, generator=g)).clamp(0, 1)
+    theirs = reference.structural_similarity_index_measure(a, b, data_range=1.0)
+    assert ssim(a, b).mean().item() == pytest.approx(theirs.item(), abs=2e-3)
