@@ -22,7 +22,22 @@ def low_pass(x, fraction):
 
     The transform runs in at least float32. Source: FasterCache eq. 6-9.
     """
+    return split(x, (fraction,))[0]
+
+
+def split(x, fractions):
+    """Bands of `x` [..., height, width], lowest first, that add up to `x`.
+
+    Latents without a picture plane, [batch, channels, length], are one band. fractions: rising upper edges of all bands but the last, each a fraction of the shorter side.
+    """
+    if x.ndim < 4:  # audio and packed latents have no picture plane
+        return (x, *(torch.zeros_like(x) for _ in fractions))
     height, width = x.shape[-2:]
-    wide = x if x.dtype == torch.float64 else x.float()
-    mask = disc(height, width, disc_radius(height, width, fraction), x.device)
-    return torch.fft.ifft2(torch.fft.fft2(wide) * mask).real.to(x.dtype)
+    spectrum = torch.fft.fft2(x if x.dtype == torch.float64 else x.float())
+    bands, below = [], torch.zeros_like(x)
+    for fraction in fractions:
+        mask = disc(height, width, disc_radius(height, width, fraction), x.device)
+        up_to_here = torch.fft.ifft2(spectrum * mask).real.to(x.dtype)
+        bands.append(up_to_here - below)
+        below = up_to_here
+    return (*bands, x - below)

@@ -42,11 +42,11 @@ class History:
         self.depth = max(forecast) + 1
         self.values = []
 
-    def push(self, sigma, value):
-        """Remember `value` (one tensor or a tuple of tensors) as computed at `sigma`."""
+    def push(self, sigma, bands):
+        """Remember `bands` (tuple of tensors that add up to the quantity) as computed at `sigma`."""
         # Two-stage samplers visit a sigma twice; a polynomial needs distinct nodes.
         kept = [v for v in self.values if abs(v[0] - sigma) > 1e-6 * max(abs(sigma), 1e-6)]
-        self.values = [(sigma, value), *kept[:self.depth - 1]]
+        self.values = [(sigma, bands), *kept[:self.depth - 1]]
 
     def clear(self):
         """Forget everything."""
@@ -58,14 +58,10 @@ class History:
         return len(self.values) == self.depth
 
     def at(self, sigma):
-        """Forecast the quantity at `sigma`: a new tensor, or a tuple of them."""
+        """Forecast of every band at `sigma`: a tuple of new tensors."""
         weights = forecast_weights([s for s, _ in self.values], sigma, self.forecast)
-        values = [v for _, v in self.values]
-        if isinstance(values[0], tuple):
-            return tuple(combine(part, weights) for part in zip(*values))
-        return combine(values, weights)
+        return tuple(combine(band, weights) for band in zip(*(bands for _, bands in self.values)))
 
     def tensors(self):
         """Every tensor held."""
-        for _, value in self.values:
-            yield from value if isinstance(value, tuple) else (value,)
+        return [tensor for _, bands in self.values for tensor in bands]

@@ -12,9 +12,10 @@ that moves with sigma.
 """
 from dataclasses import dataclass, field
 
-from .bands import low_pass
+from .bands import split
 from .clock import Window
-from .forecast import FORECASTS, History
+from .forecast import combine
+from .measured import make_history
 from .schedule import Interval, IntervalSchedule
 
 WEIGHTS = ("none", "paper", "released")
@@ -25,11 +26,11 @@ class GuidanceSettings:
     """How CFG-Cache skips and estimates.
 
     interval: one full evaluation in `interval.every`, inside its window.
-    forecast: how the difference is carried forward, a key of `FORECASTS`.
+    forecast: how the difference is carried forward, one of `measured.FORECAST_NAMES`.
     weights: "none"; "paper" = eq. 11, low band 1 + alpha before `switch`, high band 1 + alpha
         after it; "released" = the published code: both bands compound by (1 + alpha) with every
         skipped evaluation in a row, each inside its own window.
-    radius: low band as a fraction of the shorter latent side.
+    radius: low band as a fraction of the shorter latent side; also the bands of "measured".
     switch: t0 of eq. 11, as a fraction of sampling.
     """
     interval: Interval = field(default_factory=Interval)
@@ -59,7 +60,8 @@ class GuidanceCache:
     def __init__(self, settings, percent_to_sigma):
         self.settings = settings
         self.schedule = IntervalSchedule(settings.interval, percent_to_sigma)
-        self.history = History(FORECASTS[settings.forecast])
+        self.history = make_history(settings.forecast)
+        self.in_bands = settings.weights != "none" or settings.forecast == "measured"
         self.switch = float(percent_to_sigma(settings.switch))
         self.low_window = settings.low_window.sigmas(percent_to_sigma)
         self.high_window = settings.high_window.sigmas(percent_to_sigma)
@@ -71,21 +73,16 @@ class GuidanceCache:
 
     def observe(self, evaluation, difference):
         """Remember the difference uncond - cond of a full evaluation, in output space."""
-        if self.settings.weights != "none":
-            low = low_pass(difference, self.settings.radius)
-            difference = (low, difference - low)
-        self.history.push(evaluation.sigma, difference)
+        bands = split(difference, (self.settings.radius,)) if self.in_bands else (difference,)
+        self.history.push(evaluation.sigma, bands)
         self.schedule.computed(evaluation)
         self.weights = (1.0, 1.0)
 
     def difference(self, evaluation):
         """Estimated uncond - cond at `evaluation`, a new tensor in output space."""
-        forecast = self.history.at(evaluation.sigma)
-        if not isinstance(forecast, tuple):
-            return forecast
+        bands = self.history.at(evaluation.sigma)
         self.weights = self._next_weights(evaluation.sigma)
-        low, high = forecast
-        return low.mul_(self.weights[0]).add_(high, alpha=self.weights[1])
+        return combine(bands, self.weights[:len(bands)])
 
     def tensors(self):
         """Every tensor held."""
@@ -98,6 +95,8 @@ class GuidanceCache:
 
     def _next_weights(self, sigma):
         s = self.settings
+        if s.weights == "none":
+            return self.weights
         if s.weights == "paper":
             return paper_weights(sigma > self.switch, s.alpha_low, s.alpha_high)
         low, high = self.weights

@@ -5,13 +5,17 @@ held score. The other branches follow from their differences to this one, see `g
 """
 from dataclasses import dataclass, field
 
-from .forecast import FORECASTS, History
+from .bands import split
+from .measured import make_history
 from .schedule import Interval, IntervalSchedule
+
+# Edge of the low band of "measured", a fraction of the shorter latent side.
+RADIUS = 0.2
 
 
 @dataclass(frozen=True)
 class JumpSettings:
-    """interval: one computed evaluation in `interval.every`; forecast: a key of `FORECASTS`."""
+    """interval: one computed evaluation in `interval.every`; forecast: one of `measured.FORECAST_NAMES`."""
     interval: Interval = field(default_factory=Interval)
     forecast: str = "blend"
 
@@ -21,7 +25,8 @@ class JumpCache:
 
     def __init__(self, settings, percent_to_sigma):
         self.schedule = IntervalSchedule(settings.interval, percent_to_sigma)
-        self.history = History(FORECASTS[settings.forecast])
+        self.history = make_history(settings.forecast)
+        self.in_bands = settings.forecast == "measured"
 
     def may_jump(self, evaluation):
         """True when the schedule allows it and enough outputs are known."""
@@ -29,12 +34,13 @@ class JumpCache:
 
     def observe(self, evaluation, cond):
         """Remember the conditional output of a computed evaluation, in output space."""
-        self.history.push(evaluation.sigma, cond)
+        bands = split(cond, (RADIUS,)) if self.in_bands else (cond,)
+        self.history.push(evaluation.sigma, bands)
         self.schedule.computed(evaluation)
 
     def cond(self, evaluation):
         """Forecast of the conditional output at `evaluation`, a new tensor in output space."""
-        return self.history.at(evaluation.sigma)
+        return sum(self.history.at(evaluation.sigma))
 
     def tensors(self):
         """Every tensor held."""

@@ -30,6 +30,14 @@ class RunReport:
         if reason not in self.notes:
             self.notes.append(reason)
 
+    def note_memory(self, holders):
+        """Count the bytes that `holders` (objects with `tensors()`) hold now, per device; keep the peak."""
+        held = Counter()
+        for tensor in (t for holder in holders for t in holder.tensors()):
+            held[str(tensor.device)] += tensor.numel() * tensor.element_size()
+        for device, size in held.items():
+            self.cache_bytes[device] = max(self.cache_bytes.get(device, 0), size)
+
     def totals(self):
         """Evaluations by action, rows run and rows of the full run, seconds, peak cache bytes."""
         counts = Counter(action_of(record) for record in self.evaluations)

@@ -1,8 +1,8 @@
 """FasterCacheCFG: CFG-Cache alone, with all its knobs."""
 from comfy_api.latest import io
 
-from ..fastercache_core.forecast import FORECASTS
 from ..fastercache_core.guidance import WEIGHTS, GuidanceSettings
+from ..fastercache_core.measured import FORECAST_NAMES
 from ..fastercache_core.schedule import Interval
 from ..fastercache_core.settings import CacheSettings
 from .host.attach import attach
@@ -25,7 +25,7 @@ class FasterCacheCFG(io.ComfyNode):
                 io.Int.Input("interval", default=2, min=1, max=20,
                              tooltip="Run the unconditional pass once in this many steps. 1 = never "
                                      "skip, 2 = safe, 5 = the paper's, needs many steps."),
-                advanced(io.Combo.Input("forecast", options=list(FORECASTS), default="blend",
+                advanced(io.Combo.Input("forecast", options=list(FORECAST_NAMES), default="blend",
                                         tooltip="How the difference is carried forward: hold = as it was "
                                                 "(paper), linear = along its last change, quadratic = along "
                                                 "its curve, blend = one third linear, two thirds quadratic.")),

@@ -68,13 +68,13 @@ def predict_noise(executor, *args, **kwargs):
 def calc_cond_batch(executor, model, conds, x, timestep, model_options):
     """CALC_COND_BATCH: all branches of one evaluation, or an extra pass of another node."""
     run = _run_of(model_options)
-    if run is None or not run.first_call():
+    if run is None or not run.first_pass(model_options):
         return executor(model, conds, x, timestep, model_options)
 
     def run_branches(chosen):
         return executor(model, chosen, x, timestep, model_options)
 
-    return run.evaluate(run_branches, conds, x, timestep)
+    return run.evaluate(run_branches, conds, x, timestep, model_options)
 
 
 def apply_model(executor, *args, **kwargs):

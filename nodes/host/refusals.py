@@ -11,16 +11,14 @@ def refusals(settings, guider, sampler):
     reason = _everything(guider, sampler)
     if reason:
         return dict.fromkeys(wanted, reason)
-    checks = {"jump": _jump(sampler), "guidance": _guidance(guider), "reuse": _reuse(guider)}
-    return {name: checks[name] for name in wanted if checks[name]}
+    checks = {"jump": _jump(sampler), "reuse": _reuse(guider)}
+    return {name: checks[name] for name in wanted if checks.get(name)}
 
 
 def _everything(guider, sampler):
     options = guider.model_options
     if "easycache" in options.get("transformer_options", {}):
         return "EasyCache or LazyCache is on the same model: nothing is skipped here, remove one of the two"
-    if options.get("context_handler") is not None:
-        return "context windows are not cached yet: nothing is skipped"
     if options.get("multigpu_clones"):
         return "sampling on several GPUs at once is not cached yet: nothing is skipped"
     if sampler_facts(sampler) is None:
@@ -35,12 +33,6 @@ def _jump(sampler):
     if facts.calls > 1 or facts.order > 1:
         return (f"sampler {sampler_name(sampler)} builds on differences between evaluations: "
                 "none is forecast")
-    return None
-
-
-def _guidance(guider):
-    if getattr(guider, "cfg", None) == 1.0 and not guider.model_options.get("disable_cfg1_optimization"):
-        return "cfg is 1.0: there is no unconditional pass to skip"
     return None
 
 
