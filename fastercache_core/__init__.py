@@ -7,6 +7,9 @@ bands     the low and high spatial frequencies of a tensor
 guidance  CFG-Cache: the unconditional output from the conditional one
 reuse     dynamic feature reuse: attention outputs from the cache
 jump      whole evaluations forecast from earlier ones
+measured  forecasts whose terms have gains measured during the run
+gate      when skipping may begin, by what the forecasts were worth
+settings  the methods of one run together
 memory    cached features, per branch and per site
 report    what a run did, as JSON, as a line and as text
 metrics   PSNR and SSIM

@@ -20,12 +20,14 @@ class Window:
 class Evaluation:
     """One call of the network by the sampler, for all branches.
 
-    `progress` runs from 0 at the first step to 1 at the last step of this run.
+    `progress` runs from 0 at the first step to 1 at the last step of this run; `step` is the
+    distance in sigma to the next one.
     """
     ordinal: int
     sigma: float
     progress: float
     is_last: bool
+    step: float = 0.0
 
 
 class Clock:
@@ -37,12 +39,14 @@ class Clock:
 
     def __init__(self, sigmas):
         """`sigmas`: the floats handed to the sampler, noisiest first, the end of sampling last."""
-        self.grid = [float(s) for s in sigmas][:-1]
+        *self.grid, self.end = [float(s) for s in sigmas]
         self.ordinal = -1
 
     def tick(self, sigma):
         """Count one more evaluation at `sigma` and return it."""
         self.ordinal += 1
-        step = max(sum(s >= sigma * (1 - GRID_TOLERANCE) for s in self.grid) - 1, 0)
-        progress = step / max(len(self.grid) - 1, 1)
-        return Evaluation(self.ordinal, sigma, progress, sigma <= self.grid[-1] * (1 + GRID_TOLERANCE))
+        index = max(sum(s >= sigma * (1 - GRID_TOLERANCE) for s in self.grid) - 1, 0)
+        progress = index / max(len(self.grid) - 1, 1)
+        is_last = sigma <= self.grid[-1] * (1 + GRID_TOLERANCE)
+        following = next((s for s in [*self.grid, self.end] if s < sigma * (1 - GRID_TOLERANCE)), self.end)
+        return Evaluation(self.ordinal, sigma, progress, is_last, sigma - following)

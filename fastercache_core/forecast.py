@@ -59,8 +59,13 @@ class History:
 
     def at(self, sigma):
         """Forecast of every band at `sigma`: a tuple of new tensors."""
-        weights = forecast_weights([s for s, _ in self.values], sigma, self.forecast)
+        weights = forecast_weights(self.nodes, sigma, self.forecast)
         return tuple(combine(band, weights) for band in zip(*(bands for _, bands in self.values)))
+
+    @property
+    def nodes(self):
+        """Sigmas of the values held, newest first."""
+        return [sigma for sigma, _ in self.values]
 
     def tensors(self):
         """Every tensor held."""

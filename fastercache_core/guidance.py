@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from .bands import split
 from .clock import Window
 from .forecast import combine
+from .gate import ErrorEstimate
 from .measured import make_history
 from .schedule import Interval, IntervalSchedule
 
@@ -66,17 +67,28 @@ class GuidanceCache:
         self.low_window = settings.low_window.sigmas(percent_to_sigma)
         self.high_window = settings.high_window.sigmas(percent_to_sigma)
         self.weights = (1.0, 1.0)
+        self.error = ErrorEstimate()
 
     def may_estimate(self, evaluation):
         """True when the schedule allows it and enough differences are known."""
         return self.history.ready and self.schedule.may_skip(evaluation)
 
-    def observe(self, evaluation, difference):
-        """Remember the difference uncond - cond of a full evaluation, in output space."""
+    def observe(self, evaluation, difference, unit=None):
+        """Remember the difference uncond - cond of a full evaluation, in output space.
+
+        unit: see ErrorEstimate.observe; None when no gate asks what forecasts are worth.
+        """
+        if unit is not None and self.history.ready:
+            forecast = sum(self.history.at(evaluation.sigma))
+            self.error.observe(forecast, difference, unit, self.history.nodes, evaluation.sigma)
         bands = split(difference, (self.settings.radius,)) if self.in_bands else (difference,)
         self.history.push(evaluation.sigma, bands)
         self.schedule.computed(evaluation)
         self.weights = (1.0, 1.0)
+
+    def effect(self, evaluation):
+        """Foreseen relative change of the latent when the difference is estimated at `evaluation`."""
+        return self.error.effect(self.history.nodes, evaluation)
 
     def difference(self, evaluation):
         """Estimated uncond - cond at `evaluation`, a new tensor in output space."""

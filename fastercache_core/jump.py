@@ -6,6 +6,7 @@ held score. The other branches follow from their differences to this one, see `g
 from dataclasses import dataclass, field
 
 from .bands import split
+from .gate import ErrorEstimate
 from .measured import make_history
 from .schedule import Interval, IntervalSchedule
 
@@ -26,17 +27,27 @@ class JumpCache:
     def __init__(self, settings, percent_to_sigma):
         self.schedule = IntervalSchedule(settings.interval, percent_to_sigma)
         self.history = make_history(settings.forecast)
+        self.error = ErrorEstimate()
         self.in_bands = settings.forecast == "measured"
 
     def may_jump(self, evaluation):
         """True when the schedule allows it and enough outputs are known."""
         return self.history.ready and self.schedule.may_skip(evaluation)
 
-    def observe(self, evaluation, cond):
-        """Remember the conditional output of a computed evaluation, in output space."""
+    def observe(self, evaluation, cond, unit=None):
+        """Remember the conditional output of a computed evaluation, in output space.
+
+        unit: see ErrorEstimate.observe; None when no gate asks what forecasts are worth.
+        """
+        if unit is not None and self.history.ready:
+            self.error.observe(self.cond(evaluation), cond, unit, self.history.nodes, evaluation.sigma)
         bands = split(cond, (RADIUS,)) if self.in_bands else (cond,)
         self.history.push(evaluation.sigma, bands)
         self.schedule.computed(evaluation)
+
+    def effect(self, evaluation):
+        """Foreseen relative change of the latent when the output is forecast at `evaluation`."""
+        return self.error.effect(self.history.nodes, evaluation)
 
     def cond(self, evaluation):
         """Forecast of the conditional output at `evaluation`, a new tensor in output space."""

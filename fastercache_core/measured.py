@@ -75,12 +75,17 @@ class MeasuredHistory:
         gains = [fit.gains() for fit in self.fits] if self.fits else [PRIOR] * len(self.values[0][1])
         return tuple(self._band(i, sigma, g1, g2) for i, (g1, g2) in enumerate(gains))
 
+    @property
+    def nodes(self):
+        """Sigmas of the values held, newest first."""
+        return [sigma for sigma, _ in self.values]
+
     def tensors(self):
         """Every tensor held."""
         return [tensor for _, bands in self.values for tensor in bands]
 
     def _band(self, band, sigma, g1, g2):
-        hold, linear, quadratic = term_weights([s for s, _ in self.values], sigma)
+        hold, linear, quadratic = term_weights(self.nodes, sigma)
         weights = [h + g1 * (l - h) + g2 * (q - l) for h, l, q in zip(hold, linear, quadratic)]
         return sum(value[band] * weight for (_, value), weight in zip(self.values, weights))
 

@@ -1,12 +1,13 @@
 """The nodes of the pack: one file per node family, host knowledge under `host`."""
 from comfy_api.latest import ComfyExtension
 
-from .cfg_cache import FasterCacheCFG
+from .cfg_cache import FasterCacheCFG, FasterCacheGuider
 from .compare import FasterCacheCompare
-from .fastercache import FasterCache
+from .fastercache import FasterCache, FasterCacheKSampler
 from .report import FasterCacheReport
 
-NODES = [FasterCache, FasterCacheCFG, FasterCacheReport, FasterCacheCompare]
+NODES = [FasterCache, FasterCacheCFG, FasterCacheGuider, FasterCacheKSampler,
+         FasterCacheReport, FasterCacheCompare]
 
 
 class FasterCacheExtension(ComfyExtension):

@@ -1,6 +1,8 @@
 """Between the denoised outputs that the host hands around and the network's own output space."""
 import torch
 
+from ...fastercache_core.gate import rms
+
 
 class OutputSpace:
     """The affine map denoised = skip(x) + scale * output at one evaluation.
@@ -15,6 +17,7 @@ class OutputSpace:
         zero = torch.zeros_like(one)
         self.scale = (model_sampling.calculate_denoised(sigma, one, zero)
                       - model_sampling.calculate_denoised(sigma, zero, zero))
+        self.sigma = sigma
         self._denoised = lambda output: model_sampling.calculate_denoised(sigma, output, x)
 
     def output(self, denoised):
@@ -24,6 +27,13 @@ class OutputSpace:
     def denoised(self, output):
         """The denoised latent of a network output, same shape."""
         return self._denoised(output)
+
+    def unit(self, denoised):
+        """What turns an error of the output into a relative one of the latent's slope, [batch].
+
+        The slope is (x - denoised) / sigma; relative is to the root mean square of `denoised`.
+        """
+        return self.scale.flatten().abs() / (self.sigma * rms(denoised)).clamp_min(1e-9)
 
     def difference(self, denoised, reference):
         """Difference of two denoised latents of one evaluation, in output space."""

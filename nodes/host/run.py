@@ -106,17 +106,24 @@ class CacheRun:
     def close(self):
         """End the run: drop every tensor, finish the report."""
         self._close_evaluation()
+        if self.settings.gate and (self.settings.guidance or self.settings.jump) and not self._skipped():
+            self.report.note("the forecasts of this run were not good enough to skip anything: "
+                             "too few steps, or too much change between them")
         if self.settings.guidance and not self.guided:
             self.report.note("no unconditional pass ran (cfg 1.0 or no negative): there was none to skip")
         self.report.seconds = time.perf_counter() - self.started
         self.scopes, self.reuse, self.swap, self.guider = {}, None, None, None
+
+    def _skipped(self):
+        skipping = {Action.ESTIMATE.value, Action.JUMP.value}
+        return any(skipping & set(record.actions.values()) for record in self.report.evaluations)
 
     def _scope(self, window):
         stale = [w for w, s in self.scopes.items() if self.evaluation.ordinal - s.used_at > SCOPE_LIFE]
         for key in stale:
             del self.scopes[key]
         if window not in self.scopes:
-            self.scopes[window] = Scope(self.settings, self.model_sampling.percent_to_sigma)
+            self.scopes[window] = Scope(self.settings, self.model_sampling.percent_to_sigma, guidance_scale(self.guider))
         return self.scopes[window]
 
     def _attention(self, diffusion_model):
@@ -141,6 +148,11 @@ class CacheRun:
             self.report.note_memory([*self.scopes.values(), *([self.reuse] if self.reuse else [])])
         self.record = None
         self.evaluation_started = now
+
+
+def guidance_scale(guider):
+    """The largest scale by which a guider multiplies differences between its branches."""
+    return max(getattr(guider, name, 1.0) for name in ("cfg", "cfg1", "cfg2"))
 
 
 def describe(settings, guider, sampler, sigmas):

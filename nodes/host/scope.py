@@ -2,6 +2,7 @@
 
 A run has one scope, or one per context window of a long video.
 """
+from ...fastercache_core.gate import Gate
 from ...fastercache_core.guidance import GuidanceCache
 from ...fastercache_core.jump import JumpCache
 from ...fastercache_core.schedule import Action
@@ -11,11 +12,14 @@ from .branches import branch_is_active, fingerprint
 class Scope:
     """Outputs and differences of one region, kept across the evaluations of a run."""
 
-    def __init__(self, settings, percent_to_sigma):
+    def __init__(self, settings, percent_to_sigma, guidance_scale):
+        """guidance_scale: the guider's cfg, by which errors of differences are multiplied."""
         self.settings = settings
+        self.guidance_scale = guidance_scale
         self.percent_to_sigma = percent_to_sigma
         self.jump = JumpCache(settings.jump, percent_to_sigma) if settings.jump else None
         self.differences = {}
+        self.gates = {Action.JUMP: Gate(settings.gate), Action.ESTIMATE: Gate(settings.gate)}
         self.seen = None
         self.used_at = -1
 
@@ -55,9 +59,11 @@ class Scope:
             return Action.FULL
         known = [self.differences.get(i) for i in others]
         if self.jump and self.jump.may_jump(evaluation) and all(d and d.history.ready for d in known):
-            return Action.JUMP
+            if self.gates[Action.JUMP].allows(m.effect(evaluation) for m in (self.jump, *known)):
+                return Action.JUMP
         if others and all(d and d.may_estimate(evaluation) for d in known):
-            return Action.ESTIMATE
+            if self.gates[Action.ESTIMATE].allows(d.effect(evaluation) for d in known):
+                return Action.ESTIMATE
         return Action.FULL
 
     def _fill(self, action, evaluation, run_branches, conds, reference, others, x, space):
@@ -75,14 +81,17 @@ class Scope:
     def _observe(self, evaluation, outputs, reference, active, space):
         if reference not in active:
             return
-        self._observe_reference(evaluation, outputs[reference], space)
+        cond = outputs[reference]
+        self._observe_reference(evaluation, cond, space)
+        unit = space.unit(cond) * abs(self.guidance_scale - 1) if self.settings.gate else None
         for i in active if self.settings.guidance else ():
             if i != reference:
-                self._difference(i).observe(evaluation, space.difference(outputs[i], outputs[reference]))
+                self._difference(i).observe(evaluation, space.difference(outputs[i], cond), unit)
 
     def _observe_reference(self, evaluation, cond, space):
         if self.jump:
-            self.jump.observe(evaluation, space.output(cond))
+            unit = space.unit(cond) if self.settings.gate else None
+            self.jump.observe(evaluation, space.output(cond), unit)
 
     def _difference(self, index):
         if index not in self.differences:
