@@ -1,0 +1,152 @@
+"""Makes the shipped workflows, their pictures and their API twins in ComfyUI's own page.
+
+    python dev.py test tests/browser/make_workflows.py
+
+Run it after changing a graph below, or the inputs of a node.
+"""
+import json
+import uuid
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PICTURE = {"type": "jpeg", "quality": 85}
+BUILD = """(nodes) => {
+    app.graph.clear();
+    const made = {};
+    for (const [name, { type, at, size, title, widgets }] of Object.entries(nodes)) {
+        const node = made[name] = LiteGraph.createNode(type);
+        node.pos = at;
+        if (title) node.title = title;
+        app.graph.add(node);
+        for (const widget of node.widgets ?? []) widget.value = widgets[widget.name] ?? widget.value;
+        if (size) node.setSize(size);
+    }
+    for (const [name, { links }] of Object.entries(nodes))
+        for (const [input, [from, slot]] of Object.entries(links)) made[from].connect(slot, made[name], input);
+}"""
+
+
+def node(type, at, *, title=None, size=None, **inputs):
+    """A node at (x, y). An input is a value, or (name of another node, its output) for a link."""
+    links = {name: value for name, value in inputs.items() if isinstance(value, tuple)}
+    widgets = {name: value for name, value in inputs.items() if not isinstance(value, tuple)}
+    return {"type": type, "at": at, "title": title, "size": size, "links": links, "widgets": widgets}
+
+
+def note(at, size, text):
+    """A note that says what to do."""
+    return node("MarkdownNote", at, title="Read me", size=size, text=text)
+
+
+def sampler(at, title, model, seed, **inputs):
+    """A KSampler on the outputs of the nodes `positive`, `negative` and `latent`."""
+    return node("KSampler", at, title=title, model=model, seed=seed, control_after_generate="fixed",
+                positive=("positive", 0), negative=("negative", 0), latent_image=("latent", 0), **inputs)
+
+
+DEMO_NOTE = """\
+## Full sampling beside FasterCache
+1. Press **Run**. Both samplers use the same seed and prompt.
+2. Each line of the positive prompt is one picture.
+3. **FasterCache** says how much of the work was done, **Compare** how far the pictures are apart, \
+**Report** what happened at each step.
+
+Try another `preset`, or fewer `steps`. The model is the small one that lies in `testbed/models`."""
+
+PHOTO = "a lighthouse on a rocky coast at dusk, warm light in the windows, waves, detailed photograph"
+OWN_NOTE = """\
+## One node, the same picture, less work
+1. Choose {file} in **Load Checkpoint**, or any other that you have.
+2. Press **Run**. **FasterCache** says how much of the work was done.
+3. Bypass **FasterCache** (Ctrl+B) and run again with the same seed to see the full picture.
+
+If the picture changes too much: preset `exact-looking`, or a higher `start_percent`. Use 20 steps or more."""
+
+
+def demo():
+    """The emoji model sampled in full and with FasterCache."""
+    sampling = {"steps": 30, "cfg": 4.5, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    return {
+        "note": note([0, 0], [340, 330], DEMO_NOTE),
+        "load": node("UNETLoader", [0, 380], size=[340, 82], unet_name="emoji_mmdit.safetensors"),
+        "positive": node("EmojiPrompt", [0, 510], title="Positive", size=[340, 120],
+                         prompts="red apple on blue\ngrinning face on yellow\nsunflower on green\nrocket on black"),
+        "negative": node("EmojiPrompt", [0, 680], title="Negative", size=[340, 90], prompts=""),
+        "latent": node("EmptySD3LatentImage", [0, 820], size=[340, 106], width=128, height=128, batch_size=4),
+        "seed": node("PrimitiveInt", [0, 980], title="Seed for both", size=[340, 82], value=20,
+                     control_after_generate="fixed"),
+        "cache": node("FasterCache", [400, 0], size=[300, 190], model=("load", 0)),
+        "sample": sampler([760, 0], "With FasterCache", ("cache", 0), ("seed", 0), **sampling),
+        "sample full": sampler([760, 560], "In full", ("load", 0), ("seed", 0), **sampling),
+        "decode": node("EmojiDecode", [1090, 0], size=[210, 58], samples=("sample", 0), scale=4),
+        "decode full": node("EmojiDecode", [1090, 560], size=[210, 58], samples=("sample full", 0), scale=4),
+        "ours": node("PreviewImage", [1360, 0], title="With FasterCache", size=[420, 500], images=("decode", 0)),
+        "full": node("PreviewImage", [1360, 560], title="In full", size=[420, 500], images=("decode full", 0)),
+        "report": node("FasterCacheReport", [1840, 0], size=[520, 500], model=("cache", 0), latent=("sample", 0)),
+        "compare": node("FasterCacheCompare", [1840, 560], size=[520, 260], reference=("decode full", 0),
+                        other=("decode", 0)),
+        "difference": node("PreviewImage", [1840, 870], title="Difference", size=[520, 190], images=("compare", 2)),
+    }
+
+
+def text_to_image(checkpoint, model, latent, sampling, prefix, between=()):
+    """A person's own checkpoint with FasterCache; `between` holds nodes before the cache."""
+    return {
+        "note": note([0, 0], [360, 330], OWN_NOTE.format(file=f"`{checkpoint}`")),
+        "load": node("CheckpointLoaderSimple", [0, 390], size=[360, 98], ckpt_name=checkpoint),
+        **dict(between),
+        "positive": node("CLIPTextEncode", [420, 130], title="Positive", size=[360, 140], clip=("load", 1), text=PHOTO),
+        "negative": node("CLIPTextEncode", [420, 330], title="Negative", size=[360, 110], clip=("load", 1),
+                         text="blurry, low quality"),
+        "latent": node(latent, [420, 500], size=[360, 106], width=1024, height=1024, batch_size=1),
+        "cache": node("FasterCache", [840, 0], size=[300, 190], model=model),
+        "sample": sampler([840, 250], None, ("cache", 0), 20, denoise=1.0, **sampling),
+        "decode": node("VAEDecode", [1200, 250], size=[210, 46], samples=("sample", 0), vae=("load", 2)),
+        "save": node("SaveImage", [1470, 0], size=[480, 480], images=("decode", 0), filename_prefix=prefix),
+        "report": node("FasterCacheReport", [1470, 540], size=[480, 400], model=("cache", 0), latent=("sample", 0)),
+    }
+
+
+def sdxl():
+    """SDXL."""
+    sampling = {"steps": 30, "cfg": 7.0, "sampler_name": "euler", "scheduler": "normal"}
+    return text_to_image("sd_xl_base_1.0.safetensors", ("load", 0), "EmptyLatentImage", sampling, "FasterCache")
+
+
+def sd35():
+    """Stable Diffusion 3.5."""
+    sampling = {"steps": 30, "cfg": 4.5, "sampler_name": "euler", "scheduler": "sgm_uniform"}
+    shift = node("ModelSamplingSD3", [420, 0], size=[360, 58], model=("load", 0), shift=3.0)
+    return text_to_image("sd3.5_large_fp8_scaled.safetensors", ("shift", 0), "EmptySD3LatentImage", sampling,
+                         "FasterCache", [("shift", shift)])
+
+
+GRAPHS = {"FasterCache demo": demo, "FasterCache SDXL": sdxl, "FasterCache SD3.5": sd35}
+
+
+@pytest.fixture(scope="module")
+def focused(open_editor):
+    """The page without its menus."""
+    editor = open_editor()
+    editor.page.evaluate("() => app.extensionManager.command.execute('Workspace.ToggleFocusMode')")
+    return editor
+
+
+@pytest.mark.parametrize("title", GRAPHS)
+def test_make(focused, title):
+    focused.page.evaluate(BUILD, GRAPHS[title]())
+    focused.fit()
+    workflow, prompt = focused.exported()
+    workflow["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, title))
+    del workflow["extra"]["ds"]  # the page then shows the whole graph
+    write(ROOT / "workflows" / f"{title}.json", workflow)
+    write(ROOT / "tests" / "workflows" / f"{title}.json", prompt)
+    if title == "FasterCache demo":
+        focused.run()
+    focused.page.screenshot(path=ROOT / "workflows" / f"{title}.jpg", **PICTURE)
+
+
+def write(path, data):
+    path.write_text(json.dumps(data, indent=1) + "\n")

