@@ -45,8 +45,9 @@ class Editor:
         page.wait_for_function(READY)
 
     def _note(self, message):
-        """Keep an error that names this pack; the page's own are not ours to judge."""
-        if message.type == "error" and "fastercache" in f"{message.text} {message.location['url']}".lower():
+        """Keep an error that names our script or extension; the page's own are not ours to judge."""
+        told = f"{message.text} {message.location['url']}"
+        if message.type == "error" and ("fastercache.js" in told or "FasterCache.Report" in told):
             self.errors.append(message.text)
 
     def load(self, workflow):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PICTURE = {"type": "jpeg", "quality": 85}
+PICTURE = {"type": "jpeg", "quality": 75, "style": ".comfy-menu-hamburger { visibility: hidden }"}
 BUILD = """(nodes) => {
     app.graph.clear();
     const made = {};
@@ -72,7 +72,7 @@ def demo():
         "note": note([0, 0], [340, 330], DEMO_NOTE),
         "load": node("UNETLoader", [0, 380], size=[340, 82], unet_name="emoji_mmdit.safetensors"),
         "positive": node("EmojiPrompt", [0, 510], title="Positive", size=[340, 120],
-                         prompts="red apple on blue\ngrinning face on yellow\nsunflower on green\nrocket on black"),
+                         prompts="red apple on blue\ncookie on yellow\nred heart on teal\npanda face on purple"),
         "negative": node("EmojiPrompt", [0, 680], title="Negative", size=[340, 90], prompts=""),
         "latent": node("EmptySD3LatentImage", [0, 820], size=[340, 106], width=128, height=128, batch_size=4),
         "seed": node("PrimitiveInt", [0, 980], title="Seed for both", size=[340, 82], value=20,
@@ -94,18 +94,18 @@ def demo():
 def text_to_image(checkpoint, model, latent, sampling, prefix, between=()):
     """A person's own checkpoint with FasterCache; `between` holds nodes before the cache."""
     return {
-        "note": note([0, 0], [360, 330], OWN_NOTE.format(file=f"`{checkpoint}`")),
-        "load": node("CheckpointLoaderSimple", [0, 390], size=[360, 98], ckpt_name=checkpoint),
+        "note": note([0, 0], [360, 340], OWN_NOTE.format(file=f"`{checkpoint}`")),
+        "load": node("CheckpointLoaderSimple", [0, 400], size=[360, 98], ckpt_name=checkpoint),
         **dict(between),
-        "positive": node("CLIPTextEncode", [420, 130], title="Positive", size=[360, 140], clip=("load", 1), text=PHOTO),
-        "negative": node("CLIPTextEncode", [420, 330], title="Negative", size=[360, 110], clip=("load", 1),
+        "positive": node("CLIPTextEncode", [420, 400], title="Positive", size=[360, 140], clip=("load", 1), text=PHOTO),
+        "negative": node("CLIPTextEncode", [420, 600], title="Negative", size=[360, 110], clip=("load", 1),
                          text="blurry, low quality"),
-        "latent": node(latent, [420, 500], size=[360, 106], width=1024, height=1024, batch_size=1),
+        "latent": node(latent, [420, 770], size=[360, 106], width=1024, height=1024, batch_size=1),
         "cache": node("FasterCache", [840, 0], size=[300, 190], model=model),
-        "sample": sampler([840, 250], None, ("cache", 0), 20, denoise=1.0, **sampling),
-        "decode": node("VAEDecode", [1200, 250], size=[210, 46], samples=("sample", 0), vae=("load", 2)),
-        "save": node("SaveImage", [1470, 0], size=[480, 480], images=("decode", 0), filename_prefix=prefix),
-        "report": node("FasterCacheReport", [1470, 540], size=[480, 400], model=("cache", 0), latent=("sample", 0)),
+        "sample": sampler([1200, 400], None, ("cache", 0), 20, denoise=1.0, **sampling),
+        "decode": node("VAEDecode", [1550, 400], size=[210, 46], samples=("sample", 0), vae=("load", 2)),
+        "save": node("SaveImage", [1820, 400], size=[460, 480], images=("decode", 0), filename_prefix=prefix),
+        "report": node("FasterCacheReport", [1550, 0], size=[730, 340], model=("cache", 0), latent=("sample", 0)),
     }
 
 

@@ -1,0 +1,92 @@
+"""Compares several ways to sample the same prompts: cost, time, and closeness to full sampling."""
+import math
+import statistics
+from dataclasses import replace
+
+import numpy as np
+from benchmarks.tools.pictures import closeness
+from benchmarks.tools.sampling import SEED
+from tqdm import tqdm
+
+BATCH = 6  # pictures sampled together
+
+
+def sample_all(bench, runs, prompts):
+    """{run name: results, one per batch}; the first run is the full one.
+
+    All runs take their turn on each batch, in alternating order, so that a machine that gets slower
+    or faster meanwhile favours none of them.
+    """
+    batches = [prompts[i:i + BATCH] for i in range(0, len(prompts), BATCH)]
+    print(f"Sampling {len(prompts)} prompts in {len(runs)} ways")
+    bench.sample(runs[0], prompts[:1])  # a warm-up: loads the model
+    results = {run.name: [] for run in runs}
+    with tqdm(total=len(runs) * len(batches), unit="run", disable=None) as bar:
+        for i, batch in enumerate(batches):
+            for name, result in sample_batch(bench, runs[::1 - i % 2 * 2], batch, SEED + i, bar).items():
+                results[name].append(result)
+    return results
+
+
+def sample_batch(bench, runs, prompts, seed, bar):
+    """{run name: result} for one batch: first the runs that are controlled, then their controls."""
+    results = dict(sample_each(bench, [run for run in runs if not run.steps_of], prompts, seed, bar))
+    controls = [replace(run, steps=equal_steps(results[run.steps_of].rows, len(prompts)))
+                for run in runs if run.steps_of]
+    return results | dict(sample_each(bench, controls, prompts, seed, bar))
+
+
+def equal_steps(rows, pictures):
+    """The fewest plain steps, each 2 rows a picture, that are not cheaper than `rows`."""
+    return math.ceil(rows / (2 * pictures))
+
+
+def sample_each(bench, runs, prompts, seed, bar):
+    """Sample one batch with every run, giving (name, result); equal controls are sampled once."""
+    done = {}
+    for run in runs:
+        key = run.name if run.nodes else (run.seed, run.steps)
+        if key not in done:
+            bar.set_description(run.name)
+            done[key] = bench.sample(run, prompts, seed,
+                                     lambda value, most: bar.set_postfix_str(f"step {value}/{most}"))
+        bar.update()
+        yield run.name, done[key]
+
+
+def summarise(results):
+    """{"runs": [...]}: rows, cost, time and closeness of every run, against the first one."""
+    full = next(iter(results.values()))
+    return {"runs": [entry(name, mine, full) for name, mine in results.items()]}
+
+
+def entry(name, mine, full):
+    """One run of the summary. psnr is null where the pictures equal the full run's to the bit."""
+    psnr, ssim = (np.concatenate(x) for x in zip(*(closeness(a.pictures, b.pictures) for a, b in zip(mine, full))))
+    same = bool(np.isinf(psnr).any())
+    rows = sum(result.rows for result in mine)
+    return {
+        "name": name, "rows": rows, "cost": rows / sum(result.rows for result in full),
+        "seconds": sum(result.seconds for result in mine),
+        "time_ratio": statistics.median(a.seconds / b.seconds for a, b in zip(mine, full)),
+        "psnr": None if same else float(psnr.mean()), "psnr_std": None if same else float(psnr.std()),
+        "ssim": float(ssim.mean()), "report": report(mine, same and mine is not full),
+    }
+
+
+def report(results, same):
+    """The pack's report on the first batch; for others a note when the pictures are the full run's own."""
+    if results[0].report:
+        return results[0].report
+    return {"notes": ["does nothing on this model"]} if same else None
+
+
+def table(summary):
+    """The summary for a person."""
+    lines = ["run                      rows   cost  seconds   time   PSNR dB        SSIM"]
+    for row in summary["runs"]:
+        psnr = "   equal     " if row["psnr"] is None else f"{row['psnr']:5.1f} +- {row['psnr_std']:<4.1f}"
+        notes = (row["report"] or {}).get("notes", [])
+        lines.append(f"{row['name']:<22} {row['rows']:>6}  {row['cost']:5.2f}  {row['seconds']:7.1f}  "
+                     f"{row['time_ratio']:5.2f}   {psnr}  {row['ssim']:6.4f}  {'; '.join(notes)}".rstrip())
+    return "\n".join(lines)

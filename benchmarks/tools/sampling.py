@@ -1,0 +1,97 @@
+"""Runs of the test bed's model on a Host: the graph that is posted, and what came back."""
+import io
+import itertools
+import json
+from dataclasses import dataclass
+
+import numpy as np
+
+MODEL_FILE = "emoji_mmdit.safetensors"
+STEPS, CFG, SEED = 30, 4.5, 20
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to sample: `nodes` are put on the model in order, each a (node id, inputs that differ
+    from its defaults); `seed` is added to the seed; `steps_of` names the run whose cost sets the steps."""
+    name: str
+    nodes: tuple = ()
+    seed: int = 0
+    steps: int = STEPS
+    steps_of: str = ""
+
+
+@dataclass
+class Result:
+    """What one sampling gave: pictures [batch, height, width, 3] in 0..1, its cost and its reports."""
+    pictures: np.ndarray
+    rows: int
+    seconds: float
+    report: dict | None
+
+
+class Bench:
+    """Samples the test bed's model on a running Host."""
+
+    def __init__(self, host):
+        self.host = host
+        self.known_defaults = {}
+        self.fresh = itertools.count()
+
+    def sample(self, run, prompts, seed=SEED, on_progress=None):
+        """Sample all `prompts` as one batch."""
+        workflow = self.workflow(run, prompts, seed + run.seed)
+        outputs = self.host.run(workflow, on_progress)
+        [array] = outputs["save"]["arrays"]
+        report = outputs.get("report", {}).get("fastercache_report")
+        return Result(np.load(io.BytesIO(self.host.image(array))), outputs["count"]["rows"][0],
+                      outputs["count"]["seconds"][0], json.loads(report[0]) if report else None)
+
+    def workflow(self, run, prompts, seed):
+        """The API-format graph of one run."""
+        graph = {
+            "load": node("UNETLoader", unet_name=MODEL_FILE, weight_dtype="default"),
+            "model": node("CountRows", model=["load", 0], run=next(self.fresh)),
+            "positive": node("EmojiPrompt", prompts="\n".join(prompts)),
+            "negative": node("EmojiPrompt", prompts=""),
+            "empty": node("EmptySD3LatentImage", width=128, height=128, batch_size=len(prompts)),
+        }
+        for position, (kind, inputs) in enumerate(run.nodes):
+            inputs = {**self.defaults(kind), **inputs, "model": [f"patch {position - 1}" if position else "model", 0]}
+            graph[f"patch {position}"] = node(kind, **inputs)
+        return graph | self.after_model(run, seed, [f"patch {len(run.nodes) - 1}" if run.nodes else "model", 0])
+
+    def after_model(self, run, seed, model):
+        """The part of the graph that samples `model`, and measures."""
+        graph = {
+            "sample": node("KSampler", model=model, seed=seed, steps=run.steps, cfg=CFG, sampler_name="euler",
+                           scheduler="simple", positive=["positive", 0], negative=["negative", 0],
+                           latent_image=["empty", 0], denoise=1.0),
+            "count": node("RowCount", model=model, latent=["sample", 0]),
+            "decode": node("EmojiDecode", samples=["sample", 0], scale=1),
+            "save": node("SaveArray", images=["decode", 0]),
+        }
+        if any(kind.startswith("FasterCache") for kind, _ in run.nodes):
+            graph["report"] = node("FasterCacheReport", model=model, latent=["sample", 0])
+        return graph
+
+    def defaults(self, kind):
+        """The default of every widget of a node, as the host declares them."""
+        if kind not in self.known_defaults:
+            inputs = self.host.object_info(kind)["input"]
+            declared = {**inputs.get("required", {}), **inputs.get("optional", {})}
+            self.known_defaults[kind] = {name: default for name, spec in declared.items()
+                                         if (default := default_of(*spec)) is not None}
+        return self.known_defaults[kind]
+
+
+def node(kind, **inputs):
+    """One node of an API-format graph."""
+    return {"class_type": kind, "inputs": inputs}
+
+
+def default_of(kind, options=None):
+    """The default of one declared input: its own, else the first choice; None for a socket."""
+    options = options or {}
+    choices = kind if isinstance(kind, list) else options.get("options", [None])
+    return options.get("default", choices[0])

@@ -1,0 +1,36 @@
+"""What saved workflows and other programs rely on: ids, and texts for every input and output."""
+IDS = {
+    "FasterCache": ("model preset start_percent end_percent", "cached_model"),
+    "FasterCacheCFG": ("model interval forecast weights start_percent end_percent radius alpha_low alpha_high "
+                       "switch_percent", "cached_model"),
+    "FasterCacheGuider": ("model positive negative cfg interval forecast weights start_percent end_percent radius "
+                          "alpha_low alpha_high switch_percent", "guider"),
+    "FasterCacheKSampler": ("model seed steps cfg sampler_name scheduler positive negative latent_image denoise preset "
+                            "start_percent end_percent", "latent report"),
+    "FasterCacheReport": ("model latent", "chart text json"),
+    "FasterCacheCompare": ("reference other", "psnr ssim difference text"),
+}
+
+
+def test_ids_stay_as_they_are(schemas):
+    """Workflows store nodes by id and widgets by position: add new inputs at the end, rename nothing."""
+    found = {name: tuple(" ".join(entry.id for entry in side) for side in (schema.inputs, schema.outputs))
+             for name, schema in schemas.items()}
+    assert found == IDS
+
+
+def test_everything_has_a_name_and_a_text(schema):
+    assert schema.node_id.startswith("FasterCache") and schema.display_name and schema.description
+    for entry in (*schema.inputs, *schema.outputs):
+        assert entry.tooltip and entry.tooltip.endswith("."), entry.id
+
+
+def test_ids_are_unique_over_inputs_and_outputs(schema):
+    """ComfyUI up to 0.3.75 refuses the whole pack otherwise."""
+    ids = [entry.id for entry in (*schema.inputs, *schema.outputs)]
+    assert len(ids) == len(set(ids))
+
+
+def test_outputs_are_named_in_the_page(schema):
+    """An output without a display name is shown as its type."""
+    assert all(entry.display_name for entry in schema.outputs)
