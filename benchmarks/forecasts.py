@@ -1,7 +1,8 @@
-"""How the cached difference between the branches is best carried forward, at equal cost.
+"""How cached quantities are best carried forward, at every second evaluation and with no gate.
 
-The unconditional pass is estimated at every second evaluation. Prints the table and writes
-output/forecasts/summary.json.
+"estimate": the difference between the branches, in place of the unconditional pass, from the
+start and from a tenth of sampling on; beside fewer steps at that cost. "attention": attention outputs of both branches (all rows still run). Prints
+the table and writes output/forecasts/summary.json.
 """
 import json
 
@@ -11,9 +12,13 @@ from testbed.server import ROOT, Host, plain_errors
 
 RUNS = [
     Run("full"),
-    *(Run(forecast, (("FasterCacheCFG", {"interval": 2, "weights": "none", "forecast": forecast}),))
-      for forecast in ("hold", "linear", "quadratic", "blend")),
-    Run("fewer_steps", steps_of="linear"),
+    *(Run(f"estimate_{forecast}", (("FasterCacheCFG", {"tolerance": 0.0, "forecast": forecast}),))
+      for forecast in ("hold", "linear", "quadratic", "blend", "measured")),
+    *(Run(f"late_{forecast}", (("FasterCacheCFG", {"tolerance": 0.0, "forecast": forecast, "start_percent": 0.1}),))
+      for forecast in ("hold", "linear", "measured")),
+    Run("fewer_steps", steps_of="estimate_linear"),
+    *(Run(f"attention_{weight}", (("FasterCache", {"preset": "none", "attention_reuse": weight}),))
+      for weight in ("hold", "constant", "linear")),
 ]
 OUTPUT = ROOT / "output" / "forecasts"
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 class GateSettings:
     """tolerance: effect of one skipped evaluation, as a fraction of the denoised latent, at which
     skipping begins. patience: how many times that it may grow to before skipping stops again."""
-    tolerance: float = 8e-3
+    tolerance: float = 16e-3
     patience: float = 8.0
 
 

@@ -31,13 +31,15 @@ class GuidanceSettings:
     weights: "none"; "paper" = eq. 11, low band 1 + alpha before `switch`, high band 1 + alpha
         after it; "released" = the published code: both bands compound by (1 + alpha) with every
         skipped evaluation in a row, each inside its own window.
-    radius: low band as a fraction of the shorter latent side; also the bands of "measured".
+    radius: upper edge of the lowest band as a fraction of the shorter latent side.
+    bands: how many bands "measured" fits; their edges are spread evenly from `radius` to 0.5.
     switch: t0 of eq. 11, as a fraction of sampling.
     """
     interval: Interval = field(default_factory=Interval)
-    forecast: str = "linear"
+    forecast: str = "measured"
     weights: str = "none"
     radius: float = 0.2
+    bands: int = 2
     alpha_low: float = 0.2
     alpha_high: float = 0.2
     switch: float = 0.6
@@ -55,6 +57,13 @@ def compound(weight, alpha, active):
     return weight * (1 + alpha) if active else weight
 
 
+def band_edges(settings):
+    """Upper edges of all bands but the last; the paper's weights know two bands only."""
+    count = settings.bands if settings.weights == "none" else 2
+    width = (0.5 - settings.radius) / (count - 1) if count > 1 else 0.0
+    return tuple(settings.radius + width * i for i in range(count - 1))
+
+
 class GuidanceCache:
     """CFG-Cache during one run, for one unconditional branch."""
 
@@ -62,6 +71,7 @@ class GuidanceCache:
         self.settings = settings
         self.schedule = IntervalSchedule(settings.interval, percent_to_sigma)
         self.history = make_history(settings.forecast)
+        self.edges = band_edges(settings)
         self.in_bands = settings.weights != "none" or settings.forecast == "measured"
         self.switch = float(percent_to_sigma(settings.switch))
         self.low_window = settings.low_window.sigmas(percent_to_sigma)
@@ -81,7 +91,7 @@ class GuidanceCache:
         if unit is not None and self.history.ready:
             forecast = sum(self.history.at(evaluation.sigma))
             self.error.observe(forecast, difference, unit, self.history.nodes, evaluation.sigma)
-        bands = split(difference, (self.settings.radius,)) if self.in_bands else (difference,)
+        bands = split(difference, self.edges) if self.in_bands else (difference,)
         self.history.push(evaluation.sigma, bands)
         self.schedule.computed(evaluation)
         self.weights = (1.0, 1.0)

@@ -18,7 +18,7 @@ RADIUS = 0.2
 class JumpSettings:
     """interval: one computed evaluation in `interval.every`; forecast: one of `measured.FORECAST_NAMES`."""
     interval: Interval = field(default_factory=Interval)
-    forecast: str = "blend"
+    forecast: str = "measured"
 
 
 class JumpCache:

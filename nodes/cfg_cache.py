@@ -7,7 +7,7 @@ from ..fastercache_core.measured import FORECAST_NAMES
 from ..fastercache_core.schedule import Interval
 from ..fastercache_core.settings import CacheSettings
 from .host.attach import attach
-from .schema import advanced, schema, window, window_inputs
+from .schema import advanced, choice, gate, schema, tolerance_input, window, window_inputs
 
 
 def guidance_inputs():
@@ -16,6 +16,7 @@ def guidance_inputs():
         io.Int.Input("interval", default=2, min=1, max=20,
                      tooltip="Run the unconditional pass once in this many steps. 1 = never "
                              "skip, 2 = safe, 5 = the paper's, needs many steps."),
+        tolerance_input(),
         advanced(io.Combo.Input("forecast", options=list(FORECAST_NAMES), default="measured",
                                 tooltip="How the difference is carried forward: measured = as it was seen to "
                                         "move during this run, hold = as it was (paper), linear = along its "
@@ -29,6 +30,8 @@ def guidance_inputs():
         advanced(io.Float.Input("radius", default=0.2, min=0.0, max=0.5, step=0.01,
                                 tooltip="Low frequencies: those within this fraction of the shorter "
                                         "latent side.")),
+        advanced(io.Int.Input("bands", default=2, min=1, max=8,
+                              tooltip="Frequency bands that the forecast \"measured\" follows one by one.")),
         advanced(io.Float.Input("alpha_low", default=0.2, min=0.0, max=1.0, step=0.01,
                                 tooltip="Added weight of low frequencies. Only used with weights.")),
         advanced(io.Float.Input("alpha_high", default=0.2, min=0.0, max=1.0, step=0.01,
@@ -39,14 +42,16 @@ def guidance_inputs():
     ]
 
 
-def with_cfg_cache(node, model, interval, forecast, weights, start_percent, end_percent, radius,
-                   alpha_low, alpha_high, switch_percent):
-    """`model` with CFG-Cache as the inputs of `node` (a class) say. Raises ValueError on a reversed window."""
+def with_cfg_cache(node, model, interval, tolerance, forecast, weights, start_percent, end_percent, radius,
+                   bands, alpha_low, alpha_high, switch_percent):
+    """`model` with CFG-Cache as the inputs of `node` (a class) say. Raises ValueError on what is not allowed."""
     span = window(node.__name__, start_percent, end_percent)
-    guidance = GuidanceSettings(Interval(interval, span), forecast, weights, radius,
+    choice(node.__name__, "forecast", forecast, FORECAST_NAMES)
+    choice(node.__name__, "weights", weights, WEIGHTS)
+    guidance = GuidanceSettings(Interval(interval, span), forecast, weights, radius, bands,
                                 alpha_low, alpha_high, switch_percent)
     label = f"CFG-Cache 1 in {interval}, {forecast}, weights {weights}"
-    return attach(model, CacheSettings(label, guidance), node.hidden.unique_id)
+    return attach(model, CacheSettings(label, guidance, gate=gate(tolerance)), node.hidden.unique_id)
 
 
 class FasterCacheCFG(io.ComfyNode):

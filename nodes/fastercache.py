@@ -1,43 +1,53 @@
 """The nodes most people need: FasterCache on a MODEL, FasterCacheKSampler as a sampler."""
+from dataclasses import replace
+
 import comfy.samplers
 from comfy_api.latest import io
 from nodes import common_ksampler
 
+from ..fastercache_core.clock import Window
 from ..fastercache_core.gate import GateSettings
 from ..fastercache_core.guidance import GuidanceSettings
 from ..fastercache_core.jump import JumpSettings
 from ..fastercache_core.report import full_text
-from ..fastercache_core.reuse import ReuseSettings
+from ..fastercache_core.reuse import REUSE_WEIGHTS, ReuseSettings
 from ..fastercache_core.schedule import Interval
 from ..fastercache_core.settings import CacheSettings
 from .host.attach import attach, last_report
-from .schema import schema, window, window_inputs
+from .schema import advanced, choice, schema, window, window_inputs
 
 
 def exact_looking(span):
     """The unconditional pass estimated at every second step."""
-    return CacheSettings("exact-looking", GuidanceSettings(Interval(2, span), "measured"), gate=GateSettings())
+    return CacheSettings("exact-looking", GuidanceSettings(Interval(2, span)), gate=GateSettings())
 
 
 def balanced(span):
     """Every second step forecast from the ones before."""
-    return CacheSettings("balanced", GuidanceSettings(Interval(2, span), "measured"),
-                         jump=JumpSettings(Interval(2, span), "measured"), gate=GateSettings())
+    return CacheSettings("balanced", GuidanceSettings(Interval(2, span)),
+                         jump=JumpSettings(Interval(2, span)), gate=GateSettings())
 
 
 def fast(span):
     """Two of three steps forecast."""
-    return CacheSettings("fast", GuidanceSettings(Interval(3, span), "measured"),
-                         jump=JumpSettings(Interval(3, span), "measured"), gate=GateSettings(16e-3))
+    return CacheSettings("fast", GuidanceSettings(Interval(2, span)),
+                         jump=JumpSettings(Interval(3, span)), gate=GateSettings())
 
 
 def paper(span):
     """FasterCache as published: attention reuse at every second step, CFG-Cache at four of five."""
-    return CacheSettings("paper", GuidanceSettings(Interval(5, span), "hold", "paper"),
+    late = Window(max(span.start, 1 / 3), span.end)
+    return CacheSettings("paper", GuidanceSettings(Interval(5, late), "hold", "paper"),
                          ReuseSettings(Interval(2, span), "linear", 1.0))
 
 
-PRESETS = {"exact-looking": exact_looking, "balanced": balanced, "fast": fast, "paper": paper}
+def nothing(span):
+    """No step and no pass skipped; for attention reuse alone."""
+    return CacheSettings("none")
+
+
+PRESETS = {"exact-looking": exact_looking, "balanced": balanced, "fast": fast, "paper": paper, "none": nothing}
+ATTENTION = ("as preset", "off", *REUSE_WEIGHTS)
 
 
 def preset_inputs():
@@ -45,16 +55,33 @@ def preset_inputs():
     return [
         io.Combo.Input("preset", options=list(PRESETS), default="balanced",
                        tooltip="exact-looking = only the negative pass is skipped, at every second "
-                               "step; balanced = about half the work; fast = about 0.4 of it, visible "
-                               "changes possible; paper = FasterCache as published."),
+                               "step; balanced = every second step, about half the work; fast = two of "
+                               "three steps, visible changes possible; paper = FasterCache as published; "
+                               "none = only what attention_reuse says."),
         *window_inputs(),
+        advanced(io.Combo.Input("attention_reuse", options=list(ATTENTION), default="as preset",
+                                tooltip="Attention outputs from the cache at every second step: hold = the last "
+                                        "ones, constant = continued at half their last change, linear = the "
+                                        "paper's growing weight. Saves part of a pass and costs memory; needs "
+                                        "20 steps or more.")),
     ]
 
 
-def with_preset(node, model, preset, start_percent, end_percent):
-    """`model` cached as the inputs of `node` (a class) say. Raises ValueError on a reversed window."""
-    settings = PRESETS[preset](window(node.__name__, start_percent, end_percent))
+def with_preset(node, model, preset, start_percent, end_percent, attention_reuse):
+    """`model` cached as the inputs of `node` (a class) say. Raises ValueError on what is not allowed."""
+    span = window(node.__name__, start_percent, end_percent)
+    choice(node.__name__, "attention_reuse", attention_reuse, ATTENTION)
+    settings = PRESETS[choice(node.__name__, "preset", preset, PRESETS)](span)
+    if attention_reuse != "as preset":
+        settings = replace(settings, reuse=attention_settings(attention_reuse, span))
     return attach(model, settings, node.hidden.unique_id)
+
+
+def attention_settings(weight, span):
+    """How attention is reused at every second step, None for "off"."""
+    if weight == "off":
+        return None
+    return ReuseSettings(Interval(2, span), weight, w=1.0 if weight == "linear" else 0.5)
 
 
 class FasterCache(io.ComfyNode):

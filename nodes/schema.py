@@ -2,6 +2,7 @@
 from comfy_api.latest import io
 
 from ..fastercache_core.clock import Window
+from ..fastercache_core.gate import GateSettings
 
 CATEGORY = "FasterCache"
 ALIASES = ["cache", "speed", "faster", "teacache", "easycache", "wavespeed", "first block cache",
@@ -19,6 +20,29 @@ def advanced(widget):
     """The same input, folded away under "advanced" by pages that know the word."""
     widget.extra_dict = {**(widget.extra_dict or {}), "advanced": True}
     return widget
+
+
+def choice(node, name, value, allowed):
+    """`value`, if it is one of `allowed`. Raises ValueError naming node, input and choices if not.
+
+    The host checks choices typed on its page, but not those posted over its API.
+    """
+    if value not in allowed:
+        raise ValueError(f"{node}: {name} is {value!r}; it must be one of: {', '.join(allowed)}.")
+    return value
+
+
+def tolerance_input():
+    """The input that says how good a forecast must be."""
+    return advanced(io.Float.Input(
+        "tolerance", default=0.016, min=0.0, max=1.0, step=0.001, round=0.0001,
+        tooltip="Skipping begins when the foreseen effect of one skipped step on the picture is smaller than "
+                "this fraction of it. Smaller is safer. 0 = do not ask, follow the interval."))
+
+
+def gate(tolerance):
+    """The gate that the input asks for, None for 0."""
+    return GateSettings(tolerance) if tolerance else None
 
 
 def window_inputs(start=0.0, end=1.0):

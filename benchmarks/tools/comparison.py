@@ -8,24 +8,30 @@ from benchmarks.tools.pictures import closeness
 from benchmarks.tools.sampling import SEED
 from tqdm import tqdm
 
-BATCH = 6  # pictures sampled together
+BATCH = 8  # pictures sampled together
 
 
 def sample_all(bench, runs, prompts):
     """{run name: results, one per batch}; the first run is the full one.
 
-    All runs take their turn on each batch, in alternating order, so that a machine that gets slower
-    or faster meanwhile favours none of them.
+    All runs take their turn on each batch, each time beginning with another one, so that a machine
+    that gets slower or faster meanwhile, or is slow at first, favours none of them.
     """
     batches = [prompts[i:i + BATCH] for i in range(0, len(prompts), BATCH)]
     print(f"Sampling {len(prompts)} prompts in {len(runs)} ways")
-    bench.sample(runs[0], prompts[:1])  # a warm-up: loads the model
+    bench.sample(runs[0], batches[0], seed=0)  # a warm-up: loads the model
     results = {run.name: [] for run in runs}
     with tqdm(total=len(runs) * len(batches), unit="run", disable=None) as bar:
         for i, batch in enumerate(batches):
-            for name, result in sample_batch(bench, runs[::1 - i % 2 * 2], batch, SEED + i, bar).items():
+            for name, result in sample_batch(bench, rotated(runs, i / len(batches)), batch, SEED + i, bar).items():
                 results[name].append(result)
     return results
+
+
+def rotated(runs, fraction):
+    """The same runs, beginning further on."""
+    first = int(len(runs) * fraction)
+    return runs[first:] + runs[:first]
 
 
 def sample_batch(bench, runs, prompts, seed, bar):

@@ -33,6 +33,8 @@ class CacheRun:
         for reason in dict.fromkeys(refused.values()):
             self.report.note(reason)
         self.settings = replace(settings, **dict.fromkeys(refused))
+        if not any((settings.guidance, settings.reuse, settings.jump)):
+            self.report.note("every method is switched off: nothing is skipped")
         self.model_sampling = guider.model_patcher.get_model_object("model_sampling")
         reuse = self.settings.reuse
         self.reuse = ReuseCache(reuse, self.model_sampling.percent_to_sigma) if reuse else None
@@ -110,7 +112,8 @@ class CacheRun:
             self.report.note("the forecasts of this run were not good enough to skip anything: "
                              "too few steps, or too much change between them")
         if self.settings.guidance and not self.guided:
-            self.report.note("no unconditional pass ran (cfg 1.0 or no negative): there was none to skip")
+            self.report.note("no unconditional pass to skip: cfg is 1.0, there is no negative, or another "
+                             "node runs it by itself")
         self.report.seconds = time.perf_counter() - self.started
         self.scopes, self.reuse, self.swap, self.guider = {}, None, None, None
 

@@ -62,7 +62,9 @@ class Scope:
             if self.gates[Action.JUMP].allows(m.effect(evaluation) for m in (self.jump, *known)):
                 return Action.JUMP
         if others and all(d and d.may_estimate(evaluation) for d in known):
-            if self.gates[Action.ESTIMATE].allows(d.effect(evaluation) for d in known):
+            # An error may be as large as the share of the work that it saves.
+            share = len(others) / (len(others) + 1)
+            if self.gates[Action.ESTIMATE].allows(d.effect(evaluation) / share for d in known):
                 return Action.ESTIMATE
         return Action.FULL
 

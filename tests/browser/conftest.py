@@ -36,7 +36,7 @@ class Editor:
     """ComfyUI's page. `errors` collects what goes wrong in it."""
 
     def __init__(self, page, host, settings):
-        self.page, self.errors = page, []
+        self.page, self.url, self.errors = page, host.url, []
         page.set_default_timeout(PATIENCE)
         page.on("console", self._note)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -78,11 +78,11 @@ class Editor:
 
     def saved(self):
         """The workflow as "Save" would write it."""
-        return self.page.evaluate("() => app.graph.serialize()")
+        return json.loads(self.page.evaluate("() => JSON.stringify(app.graph.serialize())"))
 
     def exported(self):
         """The workflow as "Export" and as "Export (API)" write it."""
-        both = self.page.evaluate("() => app.graphToPrompt()")
+        both = json.loads(self.page.evaluate("async () => JSON.stringify(await app.graphToPrompt())"))
         return both["workflow"], both["output"]
 
     def set(self, title, **values):
@@ -97,6 +97,10 @@ class Editor:
         self.page.evaluate(RUN, PATIENCE)
         self.settle()
 
+    def complaints(self):
+        """What the page warns of in its corner or in a dialog."""
+        return self.page.locator(".p-toast-message, .p-dialog").all_inner_texts()
+
     def texts(self):
         """{node type: the text on it} of this pack's nodes."""
         return self.page.evaluate(TEXTS)
@@ -106,9 +110,9 @@ class Editor:
         self.page.evaluate("""([event, detail]) => app.api.dispatchCustomEvent(event, detail)""", [event, detail])
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def chromium():
-    """A headless Chromium. It is closed before other tests, which need their own event loop."""
+    """A headless Chromium, closed before the tests that need an event loop of their own."""
     playwright = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is missing")
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
@@ -119,7 +123,7 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def open_editor(chromium, host):
     """Opens the page: open_editor({setting: value}) -> Editor."""
     def open_page(settings=()):
@@ -127,7 +131,7 @@ def open_editor(chromium, host):
     return open_page
 
 
-@pytest.fixture(scope="package", params=[False, True], ids=["canvas", "vue"])
+@pytest.fixture(scope="module", params=[False, True], ids=["canvas", "vue"])
 def editor(request, open_editor):
     """The page, once with each of its two renderers."""
     editor = open_editor({"Comfy.VueNodes.Enabled": request.param})

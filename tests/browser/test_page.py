@@ -50,7 +50,8 @@ def widgets(saved):
 
 def sizes(saved):
     """Sizes of the nodes that show text and no picture."""
-    return {node["id"]: node["size"] for node in saved["nodes"] if node["type"] in ("FasterCache", "FasterCacheCompare")}
+    kinds = ("FasterCache", "FasterCacheCompare")
+    return {node["id"]: node["size"] for node in saved["nodes"] if node["type"] in kinds}
 
 
 def test_every_node_can_be_added_and_shows_its_box(editor):
@@ -65,7 +66,7 @@ def test_every_node_can_be_added_and_shows_its_box(editor):
 @pytest.mark.parametrize("title", TITLES)
 def test_workflow_loads_without_missing_nodes(editor, title):
     editor.load(workflow(title))
-    assert editor.page.evaluate(MISSING) == []
+    assert editor.page.evaluate(MISSING) == [] and editor.complaints() == []
     assert len(editor.saved()["nodes"]) == len(workflow(title)["nodes"])
 
 
@@ -97,6 +98,7 @@ def test_a_node_in_a_subgraph_is_told_too(demo):
 def test_an_event_for_a_node_that_is_not_here_does_nothing(demo, node):
     demo.send("fastercache.report", {"node": node, "text": "nobody's"})
     demo.send("executed", {"node": node, "output": {"text": ["nobody's"]}})
+    demo.send("executed", {"node": node, "output": {"text": "not a list"}})
     demo.send("executed", {"node": node, "output": None})
     assert set(demo.texts().values()) == {QUIET}
 
@@ -105,3 +107,14 @@ def test_text_is_shown_as_text(demo):
     node = next(node["id"] for node in demo.saved()["nodes"] if node["type"] == "FasterCache")
     demo.send("fastercache.report", {"node": node, "text": "<img src=x> & more"})
     assert demo.texts()["FasterCache"] == "<img src=x> & more"
+
+
+def test_the_page_is_given_help_translations_and_templates(editor):
+    def fetch(path):
+        return editor.page.request.get(f"{editor.url}/{path}")
+
+    for name in editor.page.evaluate(PACK_NODES):
+        assert fetch(f"extensions/ComfyUI-FasterCache/docs/{name}.md").ok
+        assert fetch(f"extensions/ComfyUI-FasterCache/docs/{name}/zh.md").ok
+        assert all(name in fetch("i18n").json()[language]["nodeDefs"] for language in ("en", "zh"))
+    assert sorted(fetch("workflow_templates").json()["ComfyUI-FasterCache"]) == TITLES

@@ -1,12 +1,12 @@
 """What saved workflows and other programs rely on: ids, and texts for every input and output."""
+PRESET = "preset start_percent end_percent attention_reuse"
+GUIDANCE = "interval tolerance forecast weights start_percent end_percent radius alpha_low alpha_high switch_percent"
 IDS = {
-    "FasterCache": ("model preset start_percent end_percent", "cached_model"),
-    "FasterCacheCFG": ("model interval forecast weights start_percent end_percent radius alpha_low alpha_high "
-                       "switch_percent", "cached_model"),
-    "FasterCacheGuider": ("model positive negative cfg interval forecast weights start_percent end_percent radius "
-                          "alpha_low alpha_high switch_percent", "guider"),
-    "FasterCacheKSampler": ("model seed steps cfg sampler_name scheduler positive negative latent_image denoise preset "
-                            "start_percent end_percent", "latent report"),
+    "FasterCache": (f"model {PRESET}", "cached_model"),
+    "FasterCacheCFG": (f"model {GUIDANCE}", "cached_model"),
+    "FasterCacheGuider": (f"model positive negative cfg {GUIDANCE}", "guider"),
+    "FasterCacheKSampler": ("model seed steps cfg sampler_name scheduler positive negative latent_image denoise "
+                            f"{PRESET}", "latent report"),
     "FasterCacheReport": ("model latent", "chart text json"),
     "FasterCacheCompare": ("reference other", "psnr ssim difference text"),
 }
