@@ -28,7 +28,8 @@ def low_pass(x, fraction):
 def split(x, fractions):
     """Bands of `x` [..., height, width], lowest first, that add up to `x`.
 
-    Latents without a picture plane, [batch, channels, length], are one band. fractions: rising upper edges of all bands but the last, each a fraction of the shorter side.
+    Latents without a picture plane, [batch, channels, length], are one band.
+    fractions: rising upper edges of all bands but the last, each a fraction of the shorter side.
     """
     if x.ndim < 4:  # audio and packed latents have no picture plane
         return (x, *(torch.zeros_like(x) for _ in fractions))

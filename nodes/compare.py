@@ -1,5 +1,4 @@
 """FasterCacheCompare: how far two pictures, videos or latents are apart."""
-import torch
 from comfy_api.latest import io, ui
 
 from ..fastercache_core.metrics import psnr, ssim

@@ -10,10 +10,17 @@ ALIASES = ["cache", "speed", "faster", "teacache", "easycache", "wavespeed", "fi
 
 
 def schema(**fields):
-    """An `io.Schema` in the pack's category, with search words where the host has them."""
+    """An `io.Schema` in the pack's category, with search words where the host has them.
+
+    Nodes that are told what their run skipped are marked not idempotent: that puts the node's own
+    id into the host's cache key, so that no other node's MODEL, with its id, is handed on.
+    """
     if "search_aliases" in io.Schema.__dataclass_fields__:
         fields.setdefault("search_aliases", ALIASES)
-    return io.Schema(category=CATEGORY, **fields)
+    for output in fields["outputs"]:
+        output.display_name = output.display_name or output.id
+    told = io.Hidden.unique_id in fields.get("hidden", ())
+    return io.Schema(category=CATEGORY, not_idempotent=told, **fields)
 
 
 def advanced(widget):

@@ -10,4 +10,4 @@ def announce(node_id, report):
     """Send a run's one-line summary for node `node_id`; without a page or a node, do nothing."""
     server = getattr(PromptServer, "instance", None)
     if server is not None and node_id is not None:
-        server.send_sync(EVENT, {"node": node_id, "text": short_line(report)})
+        server.send_sync(EVENT, {"node": node_id, "text": short_line(report)}, server.client_id)

@@ -42,7 +42,7 @@ class CacheRun:
         self.started = self.evaluation_started = time.perf_counter()
         self.scopes, self.passes = {}, {}
         self.evaluation = self.record = self.swap = self.reference = None
-        self.reused, self.full_rows, self.guided = set(), 0, False
+        self.reused, self.full_rows, self.guided, self.alone = set(), 0, False, False
 
     def begin(self, sigma):
         """A new evaluation at `sigma` (float) starts."""
@@ -76,7 +76,12 @@ class CacheRun:
         self.reference, self.reused = reference, set()
         scope = self._scope(window_of(model_options["transformer_options"]))
         space = OutputSpace(self.model_sampling, timestep, x)
-        outputs, actions = scope.evaluate(self.evaluation, run_branches, conds, reference, x, space)
+
+        def run_chosen(chosen):
+            self.alone = not any(c for i, c in enumerate(chosen) if i != reference)
+            return run_branches(chosen)
+
+        outputs, actions = scope.evaluate(self.evaluation, run_chosen, conds, reference, x, space)
         self.guided |= len(actions) > 1
         for i, action in actions.items():
             reused = action == Action.FULL and i in self.reused
@@ -94,7 +99,9 @@ class CacheRun:
             return executor(*args, **kwargs)
         swap = self._attention(executor.class_obj.diffusion_model)
         branches = branch_keys(args[5], window, args[0].shape)
-        if self.reuse.may_reuse(self.evaluation, branches):
+        # A difference is only worth keeping between branches computed alike, however the host batches them.
+        alike = self.alone or not self.settings.guidance
+        if alike and self.reuse.may_reuse(self.evaluation, branches):
             self.reused.update(branch[1] for branch in branches)
             args = (*args[:5], skip_empty_attention(args[5]), *args[6:])
             with swap.reusing(branches):
@@ -126,7 +133,8 @@ class CacheRun:
         for key in stale:
             del self.scopes[key]
         if window not in self.scopes:
-            self.scopes[window] = Scope(self.settings, self.model_sampling.percent_to_sigma, guidance_scale(self.guider))
+            percent_to_sigma = self.model_sampling.percent_to_sigma
+            self.scopes[window] = Scope(self.settings, percent_to_sigma, guidance_scale(self.guider))
         return self.scopes[window]
 
     def _attention(self, diffusion_model):

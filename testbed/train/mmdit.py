@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "..", "nodes"))
-import data
-import emoji
+import data  # noqa: E402
+import emoji  # noqa: E402
 
 DEPTH, CHANNELS, SIDE, WIDTH, SHIFT = 4, 16, 16, 128, 3.0
 SYNC, EMA = 8, 0.03
