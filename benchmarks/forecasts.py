@@ -1,8 +1,9 @@
 """How cached quantities are best carried forward, at every second evaluation and with no gate.
 
-"estimate": the difference between the branches, in place of the unconditional pass, from the
-start and from a tenth of sampling on; beside fewer steps at that cost. "attention": attention outputs of both branches (all rows still run). Prints
-the table and writes output/forecasts/summary.json.
+"estimate" and "late": the difference between the branches, in place of the unconditional pass,
+from the start and from a tenth of sampling on; beside fewer steps at that cost. "attention":
+attention outputs of both branches (all rows still run). Prints the table and writes
+output/forecasts/summary.json.
 """
 import json
 

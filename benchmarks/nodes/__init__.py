@@ -96,7 +96,8 @@ class SaveArray(io.ComfyNode):
 
     @classmethod
     def execute(cls, images):
-        folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path("array", folder_paths.get_output_directory())
+        output = folder_paths.get_output_directory()
+        folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path("array", output)
         name = f"{stem}_{counter:05}_.npy"
         np.save(Path(folder, name), images.cpu().numpy())
         return io.NodeOutput(ui={"arrays": [{"filename": name, "subfolder": subfolder, "type": "output"}]})
