@@ -5,11 +5,9 @@ from the start and from a tenth of sampling on; beside fewer steps at that cost.
 attention outputs of both branches (all rows still run). Prints the table and writes
 output/forecasts/summary.json.
 """
-import json
-
-from benchmarks.tools.comparison import sample_all, summarise, table
-from benchmarks.tools.sampling import Bench, Run
-from testbed.server import ROOT, Host, plain_errors
+from benchmarks.tools.comparison import compare
+from benchmarks.tools.sampling import Run
+from testbed.server import plain_errors
 
 RUNS = [
     Run("full"),
@@ -21,19 +19,8 @@ RUNS = [
     *(Run(f"attention_{weight}", (("FasterCache", {"preset": "none", "attention_reuse": weight}),))
       for weight in ("hold", "constant", "linear")),
 ]
-OUTPUT = ROOT / "output" / "forecasts"
-
-
-def main():
-    """Run everything and write it down."""
-    prompts = json.loads((ROOT / "testbed" / "prompts.json").read_text())["report"]
-    with Host(threads=2) as host:
-        summary = summarise(sample_all(Bench(host), RUNS, prompts))
-    OUTPUT.mkdir(parents=True, exist_ok=True)
-    (OUTPUT / "summary.json").write_text(json.dumps(summary, indent=1))
-    print(table(summary))
 
 
 if __name__ == "__main__":
     with plain_errors():
-        main()
+        compare("forecasts", RUNS)

@@ -1,14 +1,27 @@
 """Compares several ways to sample the same prompts: cost, time, and closeness to full sampling."""
+import json
 import math
 import statistics
 from dataclasses import replace
 
 import numpy as np
 from benchmarks.tools.pictures import closeness
-from benchmarks.tools.sampling import SEED
+from benchmarks.tools.sampling import SEED, Bench
+from testbed.server import ROOT, Host
 from tqdm import tqdm
 
 BATCH = 8  # pictures sampled together
+
+
+def compare(name, runs):
+    """Sample the report prompts with every run, print the table and write output/NAME/summary.json."""
+    prompts = json.loads((ROOT / "testbed" / "prompts.json").read_text())["report"]
+    with Host(threads=2) as host:
+        summary = summarise(sample_all(Bench(host), runs, prompts))
+    output = ROOT / "output" / name
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "summary.json").write_text(json.dumps(summary, indent=1))
+    print(table(summary))
 
 
 def sample_all(bench, runs, prompts):
@@ -51,7 +64,7 @@ def sample_each(bench, runs, prompts, seed, bar):
     """Sample one batch with every run, giving (name, result); equal controls are sampled once."""
     done = {}
     for run in runs:
-        key = run.name if run.nodes else (run.seed, run.steps)
+        key = run.name if run.nodes else (run.seed, run.steps, run.cfg)
         if key not in done:
             bar.set_description(run.name)
             done[key] = bench.sample(run, prompts, seed,

@@ -18,6 +18,7 @@ class Run:
     nodes: tuple = ()
     seed: int = 0
     steps: int = STEPS
+    cfg: float = CFG
     steps_of: str = ""
 
 
@@ -64,7 +65,7 @@ class Bench:
     def after_model(self, run, seed, model):
         """The part of the graph that samples `model`, and measures."""
         graph = {
-            "sample": node("KSampler", model=model, seed=seed, steps=run.steps, cfg=CFG, sampler_name="euler",
+            "sample": node("KSampler", model=model, seed=seed, steps=run.steps, cfg=run.cfg, sampler_name="euler",
                            scheduler="simple", positive=["positive", 0], negative=["negative", 0],
                            latent_image=["empty", 0], denoise=1.0),
             "count": node("RowCount", model=model, latent=["sample", 0]),

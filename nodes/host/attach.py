@@ -6,6 +6,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...fastercache_core.report import summary_line
 from .announce import announce
+from .branches import step_hooks
 from .run import CacheRun
 
 SETTINGS_KEY = "fastercache"
@@ -74,6 +75,7 @@ def calc_cond_batch(executor, model, conds, x, timestep, model_options):
     def run_branches(chosen):
         return executor(model, chosen, x, timestep, model_options)
 
+    step_hooks(model, conds, timestep, model_options)
     return run.evaluate(run_branches, conds, x, timestep, model_options)
 
 

@@ -1,4 +1,5 @@
 """Which conditioning is which: identities that survive batching, and signs that one changed."""
+import ctypes
 
 
 def window_of(transformer_options):
@@ -44,8 +45,7 @@ def fingerprint(conds, sigma, x):
 
 def is_active(cond, sigma):
     """True when `sigma` lies in the conditioning's own timestep range, by the host's test."""
-    return not (("timestep_start" in cond and sigma > cond["timestep_start"])
-                or ("timestep_end" in cond and sigma < cond["timestep_end"]))
+    return _is_between(sigma, cond.get("timestep_start", float("inf")), cond.get("timestep_end", 0.0))
 
 
 def branch_is_active(branch, sigma):
@@ -53,22 +53,38 @@ def branch_is_active(branch, sigma):
     return any(is_active(cond, sigma) for cond in branch or ())
 
 
+def step_hooks(model, conds, timestep, model_options):
+    """Count this evaluation for the keyframes of every active conditioning's hooks.
+
+    The host counts it for branches that run, once per sigma. A keyframe that lasts for a number of
+    steps must not last longer because its branch is estimated.
+    """
+    sigma = float(timestep.flatten()[0])
+    for cond in (c for branch in conds for c in branch or () if c.get("hooks") is not None):
+        if is_active(cond, sigma):
+            model.current_patcher.prepare_hook_patches_current_keyframe(timestep, cond["hooks"], model_options)
+
+
+def _is_between(sigma, start, end):
+    # The host compares tensors of sigmas, in 32 bits, with numbers of 64 bits rounded to them.
+    return ctypes.c_float(end).value <= sigma <= ctypes.c_float(start).value
+
+
 def _uuids(branch):
     return [str(cond.get("uuid")) for cond in branch or ()]
 
 
 def _identity(cond, sigma):
-    return str(cond.get("uuid")), tuple(_controls(cond.get("control"), sigma)), tuple(_hooks(cond, sigma))
+    return str(cond.get("uuid")), tuple(_controls(cond.get("control"), sigma)), tuple(_strengths(cond))
 
 
 def _controls(control, sigma):
     while control is not None:
         start, end = getattr(control, "timestep_range", None) or (float("inf"), 0.0)
-        yield end <= sigma <= start
+        yield _is_between(sigma, start, end)
         control = getattr(control, "previous_controlnet", None)
 
 
-def _hooks(cond, sigma):
+def _strengths(cond):
     hooks = cond.get("hooks")
-    for hook in hooks.hooks if hooks is not None else ():
-        yield sum(keyframe.start_t >= sigma for keyframe in hook.hook_keyframe.keyframes)
+    return [hook.strength for hook in hooks.hooks] if hooks is not None else []

@@ -1,0 +1,439 @@
+"""CFG-Cache beside what people put on conditionings: masks, ControlNet, hooks, GLIGEN, inpaint models; and
+beside nodes that read the unconditional result."""
+import comfy.cldm.cldm
+import comfy.controlnet
+import comfy.gligen
+import comfy.hooks
+import comfy.model_patcher
+import comfy.samplers
+import pytest
+import tiny
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_extras import nodes_slg
+from fastercache_pack.fastercache_core.guidance import GuidanceSettings
+from fastercache_pack.fastercache_core.reuse import ReuseSettings
+from fastercache_pack.fastercache_core.schedule import Interval
+from fastercache_pack.fastercache_core.settings import CacheSettings
+from fastercache_pack.nodes.host.attach import attach, last_report
+from fastercache_pack.nodes.host.attention import attention_modules, find_family
+from fastercache_pack.nodes.host.branches import is_active
+from nodes import (ConditioningAverage, ConditioningCombine, ConditioningSetMask, ConditioningSetTimestepRange,
+                   ControlNetApplyAdvanced)
+from test_guidance_paths import EVERY_SECOND, NEVER, STEPS, estimates, relative
+from tiny import CPU, SPECS, conditioning, sample
+
+HALVES = torch.zeros(2, 16, 16)
+HALVES[0, :, :8] = HALVES[1, :, 8:] = 1.0
+
+
+def prompt(seed):
+    return conditioning("sd15", seed)
+
+
+def same_by_the_host_and_near_when_skipping(models, family="sd15", put=lambda model: model, skipped=6, **options):
+    """Sample in full, with nothing skipped and with skipping; returns (full, skipped, MODEL that skipped).
+
+    The control for "near" is another seed of the same picture.
+    """
+    options = dict(steps=STEPS, **options)
+    theirs = sample(put(models(family)), family, **options)
+    assert torch.equal(sample(put(attach(models(family), NEVER)), family, **options), theirs)
+    model = attach(put(models(family)), EVERY_SECOND)
+    result = sample(model, family, **options)
+    assert estimates(model) == skipped, full_at(model)
+    assert last_report(model)["totals"]["cost"] < 1.0
+    other_seed = sample(put(models(family)), family, **{**options, "seed": 4})
+    assert 0 < relative(result, theirs) < 0.1 * relative(other_seed, theirs)
+    return theirs, result, model
+
+
+def full_at(model):
+    """For every evaluation of the last run: was no branch skipped?"""
+    return ["ESTIMATE" not in r["actions"].values() for r in last_report(model)["evaluations"]]
+
+
+def first_after(model, percent):
+    """Ordinal of the first evaluation of the last run at or after this part of sampling."""
+    start = model.get_model_object("model_sampling").percent_to_sigma(percent)
+    return next(r["ordinal"] for r in last_report(model)["evaluations"] if r["sigma"] <= start)
+
+
+def masked(cond, mask, strength):
+    return ConditioningSetMask().append(cond, mask, "default", strength)[0]
+
+
+def combined(a, b):
+    return ConditioningCombine().combine(a, b)[0]
+
+
+MASKED = combined(masked(prompt(1), HALVES[0], 1.0), masked(prompt(6), HALVES[1], 0.6))
+CONDITIONINGS = {
+    "masks": dict(positive=MASKED),
+    "masks over a background": dict(positive=combined(MASKED, prompt(7))),
+    "masked negative": dict(negative=combined(masked(prompt(2), HALVES[0], 1.0), masked(prompt(8), HALVES[1], 0.5))),
+    "averaged": dict(positive=ConditioningAverage().addWeighted(prompt(1), prompt(6), 0.3)[0]),
+    "several negatives": dict(negative=combined(combined(prompt(2), prompt(8)), prompt(9))),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(CONDITIONINGS))
+def test_masked_averaged_and_several_conditionings(tiny_models, kind):
+    theirs, result, _ = same_by_the_host_and_near_when_skipping(tiny_models, **CONDITIONINGS[kind])
+    plain = sample(tiny_models("sd15"), "sd15", steps=STEPS)
+    assert relative(result, theirs) < 0.5 * relative(plain, theirs), "nearer than without the conditioning"
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+@pytest.mark.parametrize("percent", [0.1, 0.25, 0.3, 0.5, 0.7])
+def test_a_timestep_range_is_open_exactly_when_the_host_says_so(tiny_models, family, percent):
+    """Also where a step lies on the boundary: the host compares in the latent's precision."""
+    sampling = tiny_models(family).get_model_object("model_sampling")
+    border = sampling.percent_to_sigma(percent)
+    near = torch.nextafter(torch.tensor(border), torch.tensor([0.0, float(border), 2.0 * border]))
+    x = torch.zeros(1, 4, 8, 8)
+    for range_ in ({"timestep_start": border}, {"timestep_end": border}):
+        for sigma in near:
+            cond = {"model_conds": {}, "uuid": "a", **range_}
+            theirs = comfy.samplers.get_area_and_mult(cond, x, sigma[None]) is not None
+            assert is_active(cond, float(sigma)) == theirs, (range_, float(sigma))
+
+
+def control_net(seed=5):
+    """A tiny ControlNet of the host for the sd15 spec, with random weights."""
+    config = {**SPECS["sd15"]["cfg"], "hint_channels": 3}
+    network = comfy.cldm.cldm.ControlNet(**{k: v for k, v in config.items() if k != "out_channels"})
+    tiny._random_weights(network, seed)
+    return comfy.controlnet.ControlNet(network.eval(), load_device=CPU)
+
+
+class Controlled:
+    """Conditionings under one ControlNet, as the host's node makes them, and the rows that it sees."""
+
+    def __init__(self, start=0.0, end=1.0, only_positive=False):
+        self.net, self.rows = control_net(), []
+        picture = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(6))
+        positive, negative = ControlNetApplyAdvanced().apply_controlnet(
+            prompt(1), prompt(2), self.net, picture, 0.3, start, end)
+        self.options = dict(positive=positive, negative=prompt(2) if only_positive else negative)
+        self.net.control_model.register_forward_pre_hook(
+            lambda _, args, kwargs: self.rows.append(kwargs["x"].shape[0]), with_kwargs=True)
+
+    def sample(self, model):
+        """(picture, rows that the ControlNet saw)."""
+        self.rows.clear()
+        return sample(model, "sd15", steps=STEPS, **self.options), sum(self.rows)
+
+
+@pytest.mark.parametrize("only_positive, rows", [(False, (32, 26)), (True, (16, 16))])
+def test_a_controlnet_is_not_evaluated_for_a_skipped_branch(tiny_models, only_positive, rows):
+    control = Controlled(only_positive=only_positive)
+    theirs, all_rows = control.sample(tiny_models("sd15"))
+    same, same_rows = control.sample(attach(tiny_models("sd15"), NEVER))
+    assert torch.equal(same, theirs)
+    model = attach(tiny_models("sd15"), EVERY_SECOND)
+    result, rows_run = control.sample(model)
+    assert estimates(model) == 6
+    assert (all_rows, same_rows, rows_run) == (rows[0], *rows)
+    uncontrolled = sample(tiny_models("sd15"), "sd15", steps=STEPS)
+    assert 0 < relative(result, theirs) < 0.5 * relative(uncontrolled, theirs)
+
+
+@pytest.mark.parametrize("only_positive", [False, True])
+@pytest.mark.parametrize("start, end, border", [(0.0, 0.5, 0.5), (0.4, 1.0, 0.4)])
+def test_a_controlnet_that_starts_or_ends_half_way_forces_full_evaluations_there(
+        tiny_models, only_positive, start, end, border):
+    control = Controlled(start, end, only_positive)
+    theirs, _ = control.sample(tiny_models("sd15"))
+    model = attach(tiny_models("sd15"), EVERY_SECOND)
+    result, rows = control.sample(model)
+    full, change = full_at(model), first_after(model, border)
+    assert not all(full[:change]) and not all(full[change:])
+    assert sum(full[change - 1:change + 4]) >= 3, "the differences from before are forgotten"
+    assert all(full[change + (end == border):change + 3])
+    other = Controlled(only_positive=only_positive).sample(tiny_models("sd15"))[0]
+    assert relative(result, theirs) < 0.5 * relative(other, theirs), "nearer than a control that never ends"
+    assert 0 < rows < 2 * STEPS
+
+
+def lora(model, size=0.3):
+    """A LoRA of rank 2 on every linear layer of a tiny model, in the host's own format."""
+    g, weights = torch.Generator().manual_seed(11), {}
+    for name, tensor in sorted(model.model.diffusion_model.state_dict().items()):
+        if tensor.ndim == 2:
+            key = "diffusion_model." + name.removesuffix(".weight")
+            weights[key + ".lora_up.weight"] = torch.randn(tensor.shape[0], 2, generator=g) * size
+            weights[key + ".lora_down.weight"] = torch.randn(2, tensor.shape[1], generator=g) / tensor.shape[1] ** 0.5
+    return weights
+
+
+def hooked(model, cond, keyframes=()):
+    """The conditioning with a LoRA of its own; keyframes: (strength, start_percent, guarantee_steps)."""
+    hooks = comfy.hooks.create_hook_lora(lora(model), 1.0, 1.0)
+    group = comfy.hooks.HookKeyframeGroup()
+    for keyframe in keyframes:
+        group.add(comfy.hooks.HookKeyframe(*keyframe))
+    hooks.set_keyframes_on_hooks(group)
+    return comfy.hooks.set_hooks_for_conditioning(cond, hooks)
+
+
+@pytest.mark.parametrize("who", ["positive", "negative"])
+def test_a_lora_on_one_conditioning_only(tiny_models, who):
+    cond = {"positive": prompt(1), "negative": prompt(2)}[who]
+    options = {who: hooked(tiny_models("sd15"), cond)}
+    theirs, result, _ = same_by_the_host_and_near_when_skipping(tiny_models, **options)
+    plain = sample(tiny_models("sd15"), "sd15", steps=STEPS)
+    assert relative(result, theirs) < 0.25 * relative(plain, theirs), "nearer than without the LoRA"
+    assert torch.equal(sample(tiny_models("sd15"), "sd15", steps=STEPS), plain), "the weights are the model's again"
+
+
+@pytest.mark.parametrize("who", ["positive", "negative"])
+def test_a_lora_that_changes_its_strength_half_way_forces_full_evaluations_there(tiny_models, who):
+    cond = {"positive": prompt(1), "negative": prompt(2)}[who]
+    options = {who: hooked(tiny_models("sd15"), cond, [(1.0, 0.0, 1), (0.2, 0.5, 1)])}
+    _, _, model = same_by_the_host_and_near_when_skipping(tiny_models, skipped=5, **options)
+    full, change = full_at(model), first_after(model, 0.5)
+    assert not all(full[:change]) and all(full[change:change + 3]) and not all(full[change + 3:])
+
+
+@pytest.mark.parametrize("who", ["positive", "negative"])
+def test_keyframes_that_last_for_a_number_of_steps_keep_their_steps(tiny_models, who):
+    """The host counts the steps of a keyframe while a branch runs; a skipped step is a step too."""
+    cond = {"positive": prompt(1), "negative": prompt(2)}[who]
+    strengths = {}
+
+    def watched(settings):
+        model = tiny_models("sd15") if settings is None else attach(tiny_models("sd15"), settings)
+        cond_ = hooked(model, cond, [(1.0, 0.0, 1), (0.1, 0.2, 6), (1.0, 0.25, 1)])
+        [hook] = cond_[0][1]["hooks"].hooks
+        seen = strengths[settings] = []
+        sample(model, "sd15", steps=STEPS, **{who: cond_},
+               callback=lambda *_: seen.append(hook.hook_keyframe.strength))
+        return model
+
+    watched(None)
+    model = watched(EVERY_SECOND)
+    assert strengths[EVERY_SECOND] == strengths[None]
+    changes = [i for i in range(1, STEPS) if strengths[None][i] != strengths[None][i - 1]]
+    assert len(changes) == 2
+    for change in changes:
+        assert all(full_at(model)[change:change + 3])
+
+
+def gligen_model(width=48):
+    """The smallest GLIGEN that the host takes: one gated layer for each transformer of the tiny sd15."""
+    widths = [32, 64, 64, 64, 64, 32, 32]
+    layers = [comfy.gligen.GatedSelfAttentionDense(w, width, 2, w // 2) for w in widths]
+    network = comfy.gligen.Gligen(layers, comfy.gligen.PositionNet(width, width), width)
+    tiny._random_weights(network, 12)
+    return comfy.model_patcher.ModelPatcher(network.eval(), load_device=CPU, offload_device=CPU)
+
+
+def test_gligen_boxes(tiny_models):
+    box = torch.randn(1, 48, generator=torch.Generator().manual_seed(13))
+    [[tensor, fields]] = prompt(1)
+    boxed = [[tensor, {**fields, "gligen": ("position", gligen_model(), [(box, 8, 8, 4, 4)])}]]
+    theirs, result, _ = same_by_the_host_and_near_when_skipping(tiny_models, positive=boxed)
+    plain = sample(tiny_models("sd15"), "sd15", steps=STEPS)
+    assert relative(result, theirs) < 0.25 * relative(plain, theirs), "nearer than without the box"
+
+
+@pytest.fixture
+def inpaint_models(monkeypatch):
+    """A tiny inpaint model, whose network takes mask and masked picture as further channels."""
+    spec = {**SPECS["sd15"], "cfg": {**SPECS["sd15"]["cfg"], "in_channels": 9}}
+    monkeypatch.setitem(SPECS, "sd15 inpaint", spec)
+    model = tiny.build("sd15 inpaint")
+    assert model.model.concat_keys == ("mask", "masked_image")
+    return lambda name: model.clone()
+
+
+def inpainting(seed, batch):
+    """Options to inpaint the right half of `batch` different latents."""
+    g = torch.Generator().manual_seed(seed)
+    latent = torch.randn(batch, 4, 16, 16, generator=g)
+    mask = torch.zeros(batch, 1, 128, 128)
+    mask[..., 64:] = 1.0
+    fields = {"concat_latent_image": latent, "concat_mask": mask}
+    conds = {who: [[tensor, {**old, **fields}] for tensor, old in prompt(seed)]
+             for who, seed in (("positive", 1), ("negative", 2))}
+    return dict(latent=latent, noise_mask=mask, **conds)
+
+
+def test_an_inpaint_model_with_a_batch_of_different_pictures(inpaint_models):
+    options = inpainting(8, batch=2)
+    theirs, result, _ = same_by_the_host_and_near_when_skipping(inpaint_models, "sd15 inpaint", **options)
+    for picture, full in zip(result, theirs):
+        assert relative(picture, full) < 0.1 * relative(theirs[1], theirs[0]), "nearer than the neighbour"
+    elsewhere = sample(inpaint_models("sd15 inpaint"), "sd15 inpaint", steps=STEPS,
+                       **{**inpainting(9, 2), "latent": options["latent"]})
+    assert relative(result, theirs) < 0.5 * relative(elsewhere, theirs), "nearer than with another picture to fill"
+    one = {**options, "latent": options["latent"][:1], "noise_mask": options["noise_mask"][:1]}
+    alone = sample(attach(inpaint_models("sd15 inpaint"), EVERY_SECOND), "sd15 inpaint", steps=STEPS, **one)
+    assert relative(alone[0], result[0]) < 1e-4, "a picture does not depend on its neighbours"
+
+
+class Reader:
+    """Installs a function that reads the unconditional result, and checks what it is given.
+
+    At every evaluation the truth is computed by the host itself, on the same latent, so that each
+    estimate can be told from it.
+    """
+
+    def __init__(self):
+        self.errors, self.guesses = [], []
+
+    def check(self, args, conds, cond, uncond):
+        model, x, sigma = args["model"], args["input"], args["sigma"]
+        truth = comfy.samplers.calc_cond_batch(model, conds, x, sigma, args["model_options"])
+        assert torch.isfinite(uncond).all() and uncond.any()
+        assert relative(cond, truth[0]) < 1e-5, "the conditional result is always computed"
+        self.errors.append(relative(uncond, truth[1]))
+        self.guesses.append(relative(cond, truth[1]))
+
+    def threshold(self, args):
+        """A sampler_cfg_function as dynamic thresholding nodes install it."""
+        assert torch.equal(args["uncond"], args["input"] - args["uncond_denoised"])
+        assert torch.equal(args["cond"], args["input"] - args["cond_denoised"])
+        self.check(args, [args["input_cond"], args["input_uncond"]], args["cond_denoised"], args["uncond_denoised"])
+        guided = args["uncond"] + (args["cond"] - args["uncond"]) * args["cond_scale"]
+        limit = args["cond"].abs().flatten(1).quantile(0.995, dim=1).view(-1, 1, 1, 1)
+        return torch.maximum(torch.minimum(guided, limit), -limit)
+
+    def pre(self, args):
+        """A sampler_pre_cfg_function that mixes the two results."""
+        cond, uncond = args["conds_out"]
+        self.check(args, args["conds"], cond, uncond)
+        return [cond, torch.lerp(uncond, cond, 0.2)]
+
+    def post(self, args):
+        """A sampler_post_cfg_function that goes back part of the way to the unconditional result."""
+        cond, uncond = args["cond_denoised"], args["uncond_denoised"]
+        self.check(args, [args["cond"], args["uncond"]], cond, uncond)
+        assert torch.allclose(args["denoised"], uncond + (cond - uncond) * args["cond_scale"])
+        return torch.lerp(args["denoised"], uncond, 0.1)
+
+
+READERS = {
+    "sampler_cfg_function": lambda m, r: m.set_model_sampler_cfg_function(r.threshold),
+    "sampler_pre_cfg_function": lambda m, r: m.set_model_sampler_pre_cfg_function(r.pre),
+    "sampler_post_cfg_function": lambda m, r: m.set_model_sampler_post_cfg_function(r.post),
+}
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+@pytest.mark.parametrize("kind", sorted(READERS))
+def test_functions_that_read_the_unconditional_result_get_a_good_estimate(tiny_models, kind, family):
+    readers = []
+
+    def put(model):
+        readers.append(Reader())
+        READERS[kind](model, readers[-1])
+        return model
+
+    theirs = sample(put(tiny_models(family)), family, steps=STEPS)
+    assert torch.equal(sample(attach(put(tiny_models(family)), NEVER), family, steps=STEPS), theirs)
+    model = attach(put(tiny_models(family)), EVERY_SECOND)
+    result = sample(model, family, steps=STEPS)
+    full, reader = full_at(model), readers[-1]
+    assert full.count(False) == 6 and len(reader.errors) == STEPS
+    for was_full, error, guess in zip(full, reader.errors, reader.guesses):
+        assert error < 1e-5 if was_full else 1e-6 < error < guess
+    skipped = [(e, g) for f, e, g in zip(full, reader.errors, reader.guesses) if not f]
+    assert sum(e for e, _ in skipped) < 0.5 * sum(g for _, g in skipped), "better than no guidance"
+    other_seed = sample(put(tiny_models(family)), family, steps=STEPS, seed=4)
+    assert relative(result, theirs) < 0.25 * relative(other_seed, theirs)
+
+
+def skip_layers(model, end):
+    return nodes_slg.SkipLayerGuidanceDiTSimple.execute(model, 0.0, end, "1", "").result[0]
+
+
+@pytest.mark.parametrize("preset", [EVERY_SECOND, NEVER], ids=["skipping", "never"])
+def test_skip_layer_guidance_that_runs_the_branches_itself_is_left_alone_and_that_is_said(tiny_models, preset):
+    theirs = sample(skip_layers(tiny_models("sd3"), 1.0), "sd3", steps=STEPS)
+    assert not torch.equal(theirs, sample(tiny_models("sd3"), "sd3", steps=STEPS)), "it acts"
+    model = attach(skip_layers(tiny_models("sd3"), 1.0), preset)
+    assert torch.equal(sample(model, "sd3", steps=STEPS), theirs)
+    assert estimates(model) == 0 and last_report(model)["totals"]["rows"] == 2 * STEPS
+    assert any("another node runs it by itself" in note for note in last_report(model)["notes"])
+
+
+def test_where_skip_layer_guidance_ends_skipping_begins(tiny_models):
+    theirs = sample(skip_layers(tiny_models("sd3"), 0.4), "sd3", steps=STEPS)
+    model = attach(skip_layers(tiny_models("sd3"), 0.4), EVERY_SECOND)
+    result = sample(model, "sd3", steps=STEPS)
+    full, change = full_at(model), first_after(model, 0.4)
+    assert all(full[:change + 3]) and not all(full)
+    other_seed = sample(skip_layers(tiny_models("sd3"), 0.4), "sd3", steps=STEPS, seed=4)
+    assert 0 < relative(result, theirs) < 0.1 * relative(other_seed, theirs)
+
+
+def with_reuse(every, weight="constant", forecast="measured"):
+    """CFG-Cache once in `every` evaluations together with attention reuse at every second one."""
+    return CacheSettings("both", GuidanceSettings(Interval(every), forecast), ReuseSettings(Interval(2), weight))
+
+
+class AttentionWatch:
+    """Which branches went through the network in each call, and for how many of them attention ran."""
+
+    def __init__(self, model):
+        network = model.model.diffusion_model
+        modules = attention_modules(network, find_family(network))
+        self.calls, self.ran = [], []
+        layer = modules[0]
+        linear = getattr(layer, "qkv", None) or layer.to_q
+        self.hook = linear.register_forward_pre_hook(lambda _, args: self.ran.append(args[0].shape[0]))
+        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "watch", self.apply_model)
+
+    def apply_model(self, executor, *args, **kwargs):
+        self.ran.clear()
+        output = executor(*args, **kwargs)
+        self.calls.append((sorted(args[5]["cond_or_uncond"]), sum(self.ran)))
+        return output
+
+
+@pytest.mark.parametrize("one_by_one", [False, True], ids=["batched", "one by one"])
+@pytest.mark.parametrize("every", [2, 4])
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_after_a_gap_the_unconditional_branch_runs_with_full_attention(
+        tiny_models, family, every, one_by_one, monkeypatch):
+    if one_by_one:
+        monkeypatch.setattr(comfy.samplers, "can_concat_cond", lambda a, b: a is b)
+    model = attach(tiny_models(family), with_reuse(every))
+    watch = AttentionWatch(model)
+    try:
+        sample(model, family, steps=STEPS)
+    finally:
+        watch.hook.remove()
+    with_uncond = [(branches, ran) for branches, ran in watch.calls if 1 in branches]
+    alone = [ran for branches, ran in watch.calls if branches == [0]]
+    assert len(with_uncond) == STEPS - estimates(model) and estimates(model) >= 6
+    assert all(ran == len(branches) for branches, ran in with_uncond), "no attention from before the gap"
+    assert 0 in alone, "the conditional branch does reuse its attention while it runs alone"
+
+
+@pytest.mark.parametrize("settings", [with_reuse(3, "hold", "hold"),
+                                      CacheSettings("reuse", reuse=ReuseSettings(Interval(3), "hold"))],
+                         ids=["with CFG-Cache", "reuse alone"])
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_no_branch_sees_what_another_one_left(tiny_models, family, settings, monkeypatch):
+    """Steps without length: each branch's attention and output stay what they are, and differ between
+    the branches. The host batches them now so, now so. Whatever crossed over would show."""
+    calls, concat = [], comfy.samplers.can_concat_cond
+
+    def now_and_then(a, b):
+        calls.append(1)
+        return a is b or (len(calls) % 3 == 0 and concat(a, b))
+
+    sigmas = torch.tensor([0.5] * 9 + [0.3, 0.0])
+    full = sample(tiny_models(family), family, sigmas=sigmas)
+    monkeypatch.setattr(comfy.samplers, "can_concat_cond", now_and_then)
+    model = attach(tiny_models(family), settings)
+    held = sample(model, family, sigmas=sigmas)
+    totals = last_report(model)["totals"]
+    assert sum(n for action, n in totals["evaluations"].items() if action != "FULL") >= 3
+    monkeypatch.undo()
+    swapped = sample(tiny_models(family), family, sigmas=sigmas, negative=conditioning(family, 1))
+    assert relative(swapped, full) > 0.01, "the branches differ"
+    assert relative(held, full) < 1e-4
