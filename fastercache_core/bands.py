@@ -17,18 +17,11 @@ def disc_radius(height, width, fraction):
     return int(min(height, width) * fraction + 1e-9)
 
 
-def low_pass(x, fraction):
-    """Low frequencies of `x` [..., height, width], in its own dtype; the rest is `x` minus this.
-
-    The transform runs in at least float32. Source: FasterCache eq. 6-9.
-    """
-    return split(x, (fraction,))[0]
-
-
 def split(x, fractions):
     """Bands of `x` [..., height, width], lowest first, that add up to `x`.
 
-    Latents without a picture plane, [batch, channels, length], are one band.
+    Transformed in at least float32, returned in the dtype of `x`. Latents without a picture plane,
+    [batch, channels, length], are one band. Source: FasterCache eq. 6-9.
     fractions: rising upper edges of all bands but the last, each a fraction of the shorter side.
     """
     if x.ndim < 4:  # audio and packed latents have no picture plane

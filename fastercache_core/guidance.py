@@ -1,7 +1,7 @@
 """CFG-Cache: skip the unconditional pass and rebuild its output from the conditional one.
 
 FasterCache (arXiv 2410.19355) section 3.2, eq. 6-11. With D = uncond - cond at the last full
-evaluation, D_low = low_pass(D) and D_high = D - D_low, the paper's transform, mask, add and
+evaluation, D_low its low band and D_high = D - D_low, the paper's transform, mask, add and
 inverse transform is linear and equals
 
     uncond = cond + w_low * D_low + w_high * D_high

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from fastercache_core.bands import disc_radius, low_pass
+from fastercache_core.bands import disc_radius, split
 from fastercache_core.clock import Evaluation, Window
 from fastercache_core.guidance import GuidanceCache, GuidanceSettings, paper_weights
 from fastercache_core.schedule import Interval
@@ -51,10 +51,10 @@ def test_estimate_equals_the_papers_transform_mask_add_recipe(size, dtype, toler
     assert (ours - theirs).abs().max() < tolerance
 
 
-def test_low_pass_of_a_constant_is_the_constant_and_of_the_finest_stripes_is_nothing():
+def test_the_low_band_of_a_constant_is_the_constant_and_of_the_finest_stripes_is_nothing():
     stripes = torch.ones(1, 1, 32, 32) * torch.tensor([1.0, -1.0]).repeat(16)
-    assert torch.allclose(low_pass(torch.full((1, 1, 32, 32), 3.0), 0.2), torch.tensor(3.0), atol=1e-6)
-    assert low_pass(stripes, 0.2).abs().max() < 1e-6
+    assert torch.allclose(split(torch.full((1, 1, 32, 32), 3.0), (0.2,))[0], torch.tensor(3.0), atol=1e-6)
+    assert split(stripes, (0.2,))[0].abs().max() < 1e-6
 
 
 def test_radius_is_a_fraction_of_the_shorter_side_as_in_the_released_code():
