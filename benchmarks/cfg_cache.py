@@ -3,7 +3,8 @@
 "default" is the node FasterCacheCFG as it comes. "every2_..." skip every second unconditional pass
 and "every5_..." four of five from a third of sampling on, with no gate. "late2_..." and "late5_..."
 are the same, begun so late that they cost what the default costs. Beside each run: the fewest plain
-steps that are not cheaper. Writes output/cfg_cache/summary.json and frontier.png and prints the table.
+steps that are not cheaper. Pictures on which a run skips nothing are not in its means. Writes
+output/cfg_cache/summary.json and frontier.png and prints the table.
 """
 import json
 from dataclasses import replace
@@ -13,6 +14,7 @@ import numpy as np
 from benchmarks.tools.comparison import BATCH, equal_steps, rotated, sample_each, summarise
 from benchmarks.tools.pictures import closeness
 from benchmarks.tools.sampling import SEED, Bench, Run
+from PIL import Image
 from testbed.server import ROOT, Host, plain_errors
 from tqdm import tqdm
 
@@ -25,9 +27,10 @@ PUBLISHED = {"hold": {"forecast": "hold"},
              "paper": {"forecast": "hold", "weights": "paper"},
              "released": {"forecast": "hold", "weights": "released"}}
 FORECASTS = {**PUBLISHED, "linear": {"forecast": "linear"}, "measured": {"forecast": "measured"}}
-COLOURS = {"default": "tab:green", "measured": "tab:olive", "linear": "tab:cyan", "hold": "tab:blue",
+COLOURS = {"default": "tab:green", "measured": "tab:purple", "linear": "tab:cyan", "hold": "tab:blue",
            "paper": "tab:orange", "released": "tab:red", "steps": "black"}
 MARKERS = {"default": "*", "every2": "o", "every5": "^", "late2": "s", "late5": "D"}
+EQUAL = 200.0  # dB, in place of infinity
 OUTPUT = ROOT / "output" / "cfg_cache"
 
 
@@ -92,6 +95,9 @@ def describe(results, steps, cfg):
     """One setting of the summary: every run with what it gains, picture by picture, over fewer steps."""
     runs = {entry["name"]: entry for entry in summarise(results)["runs"]}
     for name, entry in runs.items():
+        values = psnr(results, name)
+        changed = values[values < EQUAL]
+        entry |= numbers("psnr", changed) | {"equal": len(values) - len(changed)}
         if f"steps_{name}" in runs:
             entry |= against(results, name, f"steps_{name}", "gain")
         if name.startswith(("late", "every")):
@@ -100,16 +106,22 @@ def describe(results, steps, cfg):
 
 
 def against(results, name, other, label):
-    """PSNR of one run less that of another: mean, standard deviation, and on how many pictures it is ahead."""
-    gain = psnr(results, name) - psnr(results, other)
-    return {label: float(gain.mean()), f"{label}_std": float(gain.std()),
-            f"{label}_ahead": int((gain > 0).sum()), "pictures": len(gain)}
+    """PSNR of one run less that of another, on the pictures where the first one skips at all."""
+    mine = psnr(results, name)
+    gain = (mine - psnr(results, other))[mine < EQUAL]
+    return numbers(label, gain) | {f"{label}_ahead": int((gain > 0).sum()), f"{label}_pictures": len(gain)}
+
+
+def numbers(label, values):
+    """Mean and standard deviation, None for no values."""
+    known = len(values) > 0
+    return {label: float(values.mean()) if known else None, f"{label}_std": float(values.std()) if known else None}
 
 
 def psnr(results, name):
-    """PSNR of every picture of a run against full sampling; 100 dB stands for equal."""
+    """PSNR of every picture of a run against full sampling; EQUAL for the very same one."""
     pairs = zip(results[name], results["full"])
-    return np.concatenate([closeness(a.pictures, b.pictures)[0] for a, b in pairs]).clip(max=100)
+    return np.concatenate([closeness(a.pictures, b.pictures)[0] for a, b in pairs]).clip(max=EQUAL)
 
 
 def table(setting):
@@ -122,7 +134,7 @@ def table(setting):
         if control:
             lines.append(f"{name:<17} {run['cost']:5.3f}  {decibels(run, 'psnr'):<14} {control['cost']:5.3f}  "
                          f"{decibels(control, 'psnr'):<14}      {decibels(run, 'gain'):<13} "
-                         f"{decibels(run, 'default_gain')}".rstrip())
+                         f"{decibels(run, 'default_gain'):<13} {equal(run)}".rstrip())
     return "\n".join(lines)
 
 
@@ -132,9 +144,14 @@ def decibels(run, key):
     return ("equal" if key == "psnr" else "") if value is None else f"{value:.1f} +- {run[key + '_std']:.1f}"
 
 
+def equal(run):
+    """How many pictures are the full run's own, as text; these are not in the means."""
+    return f"{run['equal']} pictures equal" if run["equal"] else ""
+
+
 def frontier(settings, path):
     """Closeness to full sampling against cost, one panel a setting."""
-    figure, panels = plt.subplots(2, 2, figsize=(10, 8), sharex=True, constrained_layout=True)
+    figure, panels = plt.subplots(2, 2, figsize=(10, 8), constrained_layout=True)
     for setting, panel in zip(settings, panels.T.flat):
         draw(panel, setting["runs"])
         panel.set(title=f"{setting['steps']} steps, cfg {setting['cfg']:g}", xlabel="cost (network rows)",
@@ -143,8 +160,16 @@ def frontier(settings, path):
     handles = [plt.Line2D([], [], color=c, label=n, lw=3) for n, c in COLOURS.items()]
     handles += [plt.Line2D([], [], color="gray", marker=m, ls="", label=n) for n, m in MARKERS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=9)
+    save(figure, path)
+
+
+def save(figure, path):
+    """Write a figure as a small PNG of 256 colours."""
     figure.savefig(path, dpi=90)
     plt.close(figure)
+    with Image.open(path) as picture:
+        few = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)
 
 
 def draw(panel, runs):

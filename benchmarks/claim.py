@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import matplotlib
 import torch
-from benchmarks.cfg_cache import COLOURS, FORECASTS, against, cfg_cache
+from benchmarks.cfg_cache import COLOURS, FORECASTS, against, cfg_cache, save
 from benchmarks.tools.comparison import equal_steps, sample_each
 from benchmarks.tools.recording import load_model, record
 from benchmarks.tools.sampling import SEED, Bench, Run
@@ -28,8 +28,8 @@ SHOWN = ("hold", "linear", "measured")
 RADIUS = (0.2,)
 PROMPTS, FEW = 16, 8            # recorded; sampled with the paper's schedule
 STEPS = (30, 60, 120)
-SCHEDULES = [("1 of 5", 5, 1 / 3, "o-", FORECASTS), ("1 of 5, last third", 5, 2 / 3, "^:", ("hold", "measured")),
-             ("1 of 2", 2, 1 / 3, "s--", SHOWN)]  # name, interval, start, line, forecasts
+SCHEDULES = [("1 in 5", 5, 1 / 3, "o-", FORECASTS), ("1 in 5, last third", 5, 2 / 3, "^:", ("hold", "measured")),
+             ("1 in 2", 2, 1 / 3, "s--", SHOWN)]  # name, interval, start, line, forecasts
 PICTURE = ROOT / "docs" / "images" / "cfg_difference.png"
 OUTPUT = ROOT / "output" / "claim"
 
@@ -109,14 +109,27 @@ def whole_schedule(recording, cfg, forecast, every, start):
             "one way": float((total / parts).mean())}
 
 
+def balance(recording, cfg, start):
+    """How much of the guided output's change along the path, from `start` on, is the scaled difference's.
+
+    Holding the difference is worth its cost at one full evaluation in n when this is below 1 / (n + 1).
+    """
+    guided = recording.cond - (cfg - 1) * recording.difference
+    steps = -torch.tensor(recording.sigmas).diff()[1:].view(-1, 1, 1, 1, 1)
+    first = round(start * len(steps))
+    moved = lambda x: rms(((x[1:] - x[:-1]) * steps)[first:].sum(0)).mean()
+    return float((cfg - 1) * moved(recording.difference) / moved(guided))
+
+
 def analyse(recording, steps, cfg):
     """Everything that one recorded setting has to say."""
     skips = {f"{name}, {every} gap {gap}": one_skip(recording, cfg, name, every, gap)
              for name in SHOWN for every, gap in ((2, 1), (5, 1), (5, 4))}
     schedules = {f"{name}, every {every} from {start:.2f}": whole_schedule(recording, cfg, name, every, start)
                  for name in SHOWN for every, start in ((2, 0.0), (2, 1 / 3), (5, 1 / 3))}
+    balances = {f"from {start:.2f}": balance(recording, cfg, start) for start in (0.0, 1 / 3, 2 / 3)}
     return {"steps": steps, "cfg": cfg, "sigmas": recording.sigmas, "movement": movement(recording),
-            "claims": claims(recording), "skips": skips, "schedules": schedules}
+            "claims": claims(recording), "balance": balances, "skips": skips, "schedules": schedules}
 
 
 def ways():
@@ -151,14 +164,17 @@ def draw(settings, gains):
     for setting, line in shown:
         draw_changes(panels[0, 0], setting, line)
         draw_bands(panels[0, 1], setting, line)
-        draw_skips(panels[1, 0], setting, line)
+    draw_skips(panels[1, 0], shown[0][0])
     draw_gains(panels[1, 1], gains)
     for panel in panels.flat:
-        panel.grid(alpha=0.3)
+        panel.grid(alpha=0.3, which="both")
+        panel.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+        panel.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "25" else "")
+    for panel in (*panels[0], panels[1, 0]):
         panel.legend(fontsize=8)
+    panels[1, 1].legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1, 0.5))
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PICTURE, dpi=90)
-    plt.close(figure)
+    save(figure, PICTURE)
 
 
 def label(name, line):
@@ -171,7 +187,7 @@ def draw_changes(panel, setting, line):
     for name, colour in (("cond", "tab:gray"), ("uncond", "tab:brown"), ("difference", "tab:red")):
         values = setting["movement"][f"{name}_change"]
         panel.plot(range(1, len(values) + 1), values, line, color=colour, label=label(name, line))
-    panel.set(title="A. Change since the step before (30 steps; dashed: cfg 9)", yscale="log", xlabel="step",
+    panel.set(title="A. Change in one step (30 steps; dashed: cfg 9)", yscale="log", xlabel="step",
               ylabel="relative to cond")
 
 
@@ -182,16 +198,14 @@ def draw_bands(panel, setting, line):
     panel.set(title="B. Size of the difference", yscale="log", xlabel="step", ylabel="relative to cond")
 
 
-def draw_skips(panel, setting, line):
+def draw_skips(panel, setting):
     """What one skipped pass does to the latent, by forecast."""
-    for name, colour in ((name, COLOURS[name]) for name in SHOWN):
-        panel.plot(*zip(*setting["skips"][f"{name}, 2 gap 1"]), line, color=colour,
-                   label=label(f"{name}, 1st step after a computed one", line))
-    if line == "-":
-        panel.plot(*zip(*setting["skips"]["hold, 5 gap 4"]), ":", color="tab:blue", label="hold, 4th step after")
-        panel.plot(*zip(*setting["skips"]["linear, 5 gap 4"]), ":", color="tab:cyan", label="linear, 4th step after")
-    panel.set(title="C. Effect of one skipped pass on the latent", yscale="log", xlabel="step",
-              ylabel="relative to the latent")
+    for name in SHOWN:
+        for every, gap, line in ((2, 1, "-"), (5, 4, ":")):
+            panel.plot(*zip(*setting["skips"][f"{name}, {every} gap {gap}"]), line, color=COLOURS[name],
+                       label=f"{name}, step {gap} after a full one")
+    panel.set(title="C. Effect of one skipped pass (cfg 4.5)", yscale="log", xlabel="step",
+              ylabel="relative to the latent", ylim=(1e-3, 0.5))
 
 
 def draw_gains(panel, gains):
@@ -202,8 +216,10 @@ def draw_gains(panel, gains):
             panel.plot([int(steps) for steps in gains], values, line, color=COLOURS[forecast],
                        label=f"{forecast}, {name}")
     panel.axhline(0, color="black", lw=1.5)
-    panel.set(title="D. Skipping against fewer steps at the same cost (cfg 4.5)", xlabel="steps of full sampling",
-              ylabel="gain, dB (below 0: fewer steps is better)")
+    panel.set(title="D. Gain over fewer steps (cfg 4.5)", xlabel="steps of full sampling", xscale="log",
+              ylabel="dB (below 0: fewer steps is better)")
+    panel.set_xticks([int(steps) for steps in gains], list(gains))
+    panel.minorticks_off()
 
 
 def text(setting):
@@ -212,6 +228,8 @@ def text(setting):
     lines += [f"  difference {name:<32} {share:.0%}" for name, share in setting["claims"].items()]
     lines += [f"  {name:<30} {s['skips']:>3} skips, sum {s['sum']:.4f}, one way {s['one way']:.2f}"
               for name, s in setting["schedules"].items()]
+    lines += [f"  its share in the guided output's change, {name:<9} {share:.2f}"
+              for name, share in setting["balance"].items()]
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ def guidance_inputs():
     return [
         io.Int.Input("interval", default=2, min=1, max=20,
                      tooltip="Run the unconditional pass once in this many steps. 1 = never "
-                             "skip, 2 = safe, 5 = the paper's, needs many steps."),
+                             "skip, 2 = safe, 5 = the paper's; fewer steps were better than that on our model."),
         tolerance_input(),
         advanced(io.Combo.Input("forecast", options=list(FORECAST_NAMES), default="measured",
                                 tooltip="How the difference is carried forward: measured = as it was seen to "

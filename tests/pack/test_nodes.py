@@ -1,6 +1,7 @@
 """What saved workflows and other programs rely on: ids, and texts for every input and output."""
 PRESET = "preset start_percent end_percent attention_reuse"
-GUIDANCE = "interval tolerance forecast weights start_percent end_percent radius bands alpha_low alpha_high switch_percent"
+GUIDANCE = ("interval tolerance forecast weights start_percent end_percent radius bands "
+            "alpha_low alpha_high switch_percent")
 IDS = {
     "FasterCache": (f"model {PRESET}", "cached_model"),
     "FasterCacheCFG": (f"model {GUIDANCE}", "cached_model"),
