@@ -53,6 +53,7 @@ class MeasuredHistory:
     def __init__(self):
         self.values = []
         self.fits = None
+        self.gains = None
 
     def push(self, sigma, bands):
         """Remember `bands` (tuple of tensors [batch, ...]) as computed at `sigma`, and learn from them."""
@@ -63,7 +64,7 @@ class MeasuredHistory:
 
     def clear(self):
         """Forget everything."""
-        self.values, self.fits = [], None
+        self.values, self.fits, self.gains = [], None, None
 
     @property
     def ready(self):
@@ -72,7 +73,7 @@ class MeasuredHistory:
 
     def at(self, sigma):
         """Forecast of every band at `sigma`: a tuple of new tensors."""
-        gains = [fit.gains() for fit in self.fits] if self.fits else [PRIOR] * len(self.values[0][1])
+        gains = self.gains or [PRIOR] * len(self.values[0][1])
         return tuple(self._band(i, sigma, g1, g2) for i, (g1, g2) in enumerate(gains))
 
     @property
@@ -93,6 +94,7 @@ class MeasuredHistory:
         fits = [_fit(band, [value[i] for _, value in kept], [s for s, _ in kept], sigma)
                 for i, band in enumerate(bands)]
         self.fits = fits if self.fits is None else [old + new for old, new in zip(self.fits, fits)]
+        self.gains = [fit.gains() for fit in self.fits]  # once, not at every evaluation that is skipped
 
 
 def make_history(name):

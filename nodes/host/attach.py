@@ -62,7 +62,7 @@ def predict_noise(executor, *args, **kwargs):
     """PREDICT_NOISE: one evaluation. args: x, timestep, model_options, seed."""
     run = _run_of(args[2] if len(args) > 2 else kwargs["model_options"])
     if run is not None:
-        run.begin(float(args[1].flatten()[0]))
+        run.begin(args[1])
     return executor(*args, **kwargs)
 
 
@@ -75,7 +75,7 @@ def calc_cond_batch(executor, model, conds, x, timestep, model_options):
     def run_branches(chosen):
         return executor(model, chosen, x, timestep, model_options)
 
-    step_hooks(model, conds, timestep, model_options)
+    step_hooks(model, conds, run.evaluation.sigma, timestep, model_options)
     return run.evaluate(run_branches, conds, x, timestep, model_options)
 
 

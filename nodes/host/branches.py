@@ -1,5 +1,5 @@
 """Which conditioning is which: identities that survive batching, and signs that one changed."""
-import ctypes
+import numpy as np
 
 
 def window_of(transformer_options):
@@ -53,13 +53,12 @@ def branch_is_active(branch, sigma):
     return any(is_active(cond, sigma) for cond in branch or ())
 
 
-def step_hooks(model, conds, timestep, model_options):
+def step_hooks(model, conds, sigma, timestep, model_options):
     """Count this evaluation for the keyframes of every active conditioning's hooks.
 
     The host counts it for branches that run, once per sigma. A keyframe that lasts for a number of
-    steps must not last longer because its branch is estimated.
+    steps must not last longer because its branch is estimated. sigma: the float of `timestep`.
     """
-    sigma = float(timestep.flatten()[0])
     for cond in (c for branch in conds for c in branch or () if c.get("hooks") is not None):
         if is_active(cond, sigma):
             model.current_patcher.prepare_hook_patches_current_keyframe(timestep, cond["hooks"], model_options)
@@ -67,7 +66,7 @@ def step_hooks(model, conds, timestep, model_options):
 
 def _is_between(sigma, start, end):
     # The host compares tensors of sigmas, in 32 bits, with numbers of 64 bits rounded to them.
-    return ctypes.c_float(end).value <= sigma <= ctypes.c_float(start).value
+    return float(np.float32(float(end))) <= sigma <= float(np.float32(float(start)))
 
 
 def _uuids(branch):

@@ -11,7 +11,7 @@ def refusals(settings, guider, sampler):
     reason = _everything(guider, sampler)
     if reason:
         return dict.fromkeys(wanted, reason)
-    checks = {"jump": _jump(sampler), "reuse": _reuse(guider)}
+    checks = {"jump": _jump(guider, sampler), "reuse": _reuse(guider)}
     return {name: checks[name] for name in wanted if checks.get(name)}
 
 
@@ -26,7 +26,9 @@ def _everything(guider, sampler):
     return None
 
 
-def _jump(sampler):
+def _jump(guider, sampler):
+    if "sampler_calc_cond_batch_function" in guider.model_options:
+        return "another node runs the branches one by one: no evaluation is forecast"
     facts = sampler_facts(sampler)
     if facts.noise:
         return f"sampler {sampler_name(sampler)} adds noise on the way: no evaluation is forecast"

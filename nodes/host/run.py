@@ -14,7 +14,7 @@ from .attention import AttentionSwap, find_family, skip_empty_attention
 from .branches import branch_keys, branch_name, reference_branch, window_of
 from .output_space import OutputSpace
 from .refusals import refusals
-from .samplers import sampler_name
+from .samplers import sampler_facts, sampler_name
 from .scope import Scope
 
 # From the most to the least that runs.
@@ -39,14 +39,17 @@ class CacheRun:
         reuse = self.settings.reuse
         self.reuse = ReuseCache(reuse, self.model_sampling.percent_to_sigma) if reuse else None
         self.clock = Clock(sigmas.tolist())
+        facts = sampler_facts(sampler)
+        self.walks_grid = facts is not None and facts.calls == 1 and not facts.noise
         self.started = self.evaluation_started = time.perf_counter()
         self.scopes, self.passes = {}, {}
         self.evaluation = self.record = self.swap = self.reference = None
         self.reused, self.full_rows, self.guided, self.alone = set(), 0, False, False
 
-    def begin(self, sigma):
-        """A new evaluation at `sigma` (float) starts."""
+    def begin(self, timestep):
+        """A new evaluation starts; timestep: [batch] sigmas."""
         self._close_evaluation()
+        sigma = self._sigma(timestep)
         self.evaluation = self.clock.tick(sigma)
         self.record = EvaluationRecord(self.evaluation.ordinal, sigma, {})
         self.report.evaluations.append(self.record)
@@ -123,6 +126,13 @@ class CacheRun:
                              "node runs it by itself")
         self.report.seconds = time.perf_counter() - self.started
         self.scopes, self.reuse, self.swap, self.guider = {}, None, None, None
+
+    def _sigma(self, timestep):
+        """The sigma as a float, without waiting for the device where the sampler's next one is known."""
+        following = self.clock.ordinal + 1
+        if self.walks_grid and following < len(self.clock.grid):
+            return self.clock.grid[following]
+        return float(timestep.flatten()[0])
 
     def _skipped(self):
         skipping = {Action.ESTIMATE.value, Action.JUMP.value}
