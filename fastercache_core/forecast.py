@@ -26,10 +26,16 @@ def forecast_weights(nodes, sigma, forecast):
 
 
 def combine(tensors, weights):
-    """Sum of tensors times floats, in a new tensor of the first one's shape and dtype."""
+    """Sum of tensors times their weights, in a new tensor of the first one's shape and dtype.
+
+    weights: as many floats, or tensors that broadcast.
+    """
     total = tensors[0] * weights[0]
-    for tensor, weight in zip(tensors[1:], weights[1:]):
-        total.add_(tensor, alpha=weight)
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        if isinstance(weight, float):
+            total.add_(tensor, alpha=weight)
+        else:
+            total.addcmul_(tensor, weight)
     return total
 
 

@@ -103,8 +103,10 @@ class GuidanceCache:
     def difference(self, evaluation):
         """Estimated uncond - cond at `evaluation`, a new tensor in output space."""
         bands = self.history.at(evaluation.sigma)
+        if self.settings.weights == "none":
+            return combine(bands, [1.0] * len(bands))
         self.weights = self._next_weights(evaluation.sigma)
-        return combine(bands, self.weights[:len(bands)])
+        return combine(bands, self.weights)
 
     def tensors(self):
         """Every tensor held."""
@@ -117,8 +119,6 @@ class GuidanceCache:
 
     def _next_weights(self, sigma):
         s = self.settings
-        if s.weights == "none":
-            return self.weights
         if s.weights == "paper":
             return paper_weights(sigma > self.switch, s.alpha_low, s.alpha_high)
         low, high = self.weights

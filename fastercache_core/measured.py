@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .forecast import FORECASTS, History, lagrange
+from .forecast import FORECASTS, History, combine, lagrange
 
 FORECAST_NAMES = ("measured", *FORECASTS)
 
@@ -88,7 +88,7 @@ class MeasuredHistory:
     def _band(self, band, sigma, g1, g2):
         hold, linear, quadratic = term_weights(self.nodes, sigma)
         weights = [h + g1 * (l - h) + g2 * (q - l) for h, l, q in zip(hold, linear, quadratic)]
-        return sum(value[band] * weight for (_, value), weight in zip(self.values, weights))
+        return combine([bands[band] for _, bands in self.values], weights)
 
     def _learn(self, sigma, bands, kept):
         fits = [_fit(band, [value[i] for _, value in kept], [s for s, _ in kept], sigma)

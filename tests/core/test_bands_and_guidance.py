@@ -89,6 +89,15 @@ def test_linear_forecast_is_exact_for_a_difference_that_moves_linearly_in_sigma(
     assert torch.allclose(cache.difference(at(2, 0.65)), base + slope * 0.65)
 
 
+@pytest.mark.parametrize("bands", [1, 2, 3, 5])
+def test_any_number_of_bands_adds_up_to_the_whole_difference(bands):
+    difference = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    cache = GuidanceCache(GuidanceSettings(forecast="measured", bands=bands), PERCENT_TO_SIGMA)
+    for ordinal, sigma in enumerate((0.9, 0.8, 0.7, 0.6)):
+        cache.observe(at(ordinal, sigma), difference)
+    assert torch.allclose(cache.difference(at(4, 0.5)), difference, atol=1e-5)
+
+
 def test_nothing_is_estimated_before_enough_differences_are_known_nor_at_the_last_evaluation():
     cache = GuidanceCache(GuidanceSettings(Interval(3), "linear"), PERCENT_TO_SIGMA)
     cache.observe(at(0, 0.9), torch.ones(1))
