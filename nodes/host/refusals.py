@@ -21,9 +21,16 @@ def _everything(guider, sampler):
         return "EasyCache or LazyCache is on the same model: nothing is skipped here, remove one of the two"
     if options.get("multigpu_clones"):
         return "sampling on several GPUs at once is not cached yet: nothing is skipped"
+    if _mixes_branches(options):
+        return "NAGuidance mixes the branches inside the network and needs both in every pass: nothing is skipped"
     if sampler_facts(sampler) is None:
         return f"the calls of sampler {sampler_name(sampler)} cannot be foreseen: nothing is skipped"
     return None
+
+
+def _mixes_branches(options):
+    patches = options.get("transformer_options", {}).get("patches", {}).get("attn1_output_patch", [])
+    return any("NAGuidance" in getattr(patch, "__qualname__", "") for patch in patches)
 
 
 def _jump(guider, sampler):

@@ -81,6 +81,15 @@ def test_the_estimate_is_nearer_to_full_than_fewer_steps_at_the_same_cost(tiny_m
     assert relative(skipped, theirs) < relative(fewer, theirs)
 
 
+def test_nag_mixes_the_branches_and_is_left_alone(tiny_models):
+    """It switches itself off, silently, in a pass without the negative."""
+    nodes_nag = pytest.importorskip("comfy_extras.nodes_nag", reason="this ComfyUI has no NAGuidance")
+    nag = nodes_nag.NAGuidance.execute(tiny_models("sd15"), 5.0, 0.5, 1.5).result[0]
+    model = attach(nag, EVERY_SECOND)
+    assert torch.equal(sample(model, "sd15", steps=STEPS), sample(nag, "sd15", steps=STEPS))
+    assert "NAGuidance" in last_report(model)["notes"][0]
+
+
 @pytest.mark.parametrize("sampler", ["euler_cfg_pp", "dpmpp_2m_cfg_pp", "euler_ancestral_cfg_pp"])
 def test_cfg_pp_samplers_see_a_consistent_estimate(tiny_models, sampler):
     options = dict(steps=STEPS, sampler=sampler, cfg=1.5)
