@@ -118,12 +118,7 @@ class CacheRun:
     def close(self):
         """End the run: drop every tensor, finish the report."""
         self._close_evaluation()
-        if self.settings.gate and (self.settings.guidance or self.settings.jump) and not self._skipped():
-            self.report.note("the forecasts of this run were not good enough to skip anything: "
-                             "too few steps, or too much change between them")
-        if self.settings.guidance and not self.guided:
-            self.report.note("no unconditional pass to skip: cfg is 1.0, there is no negative, or another "
-                             "node runs it by itself")
+        self._explain()
         self.report.seconds = time.perf_counter() - self.started
         self.scopes, self.reuse, self.swap, self.guider = {}, None, None, None
 
@@ -134,9 +129,20 @@ class CacheRun:
             return self.clock.grid[following]
         return float(timestep.flatten()[0])
 
+    def _explain(self):
+        """Say why nothing was skipped, if nothing was."""
+        chosen = self.settings
+        if chosen.guidance and not self.guided:
+            self.report.note("no unconditional pass to skip: cfg is 1.0, there is no negative, or another "
+                             "node runs it by itself")
+        able = chosen.jump or chosen.reuse or (chosen.guidance and self.guided)
+        if able and not self._skipped():
+            self.report.note("the forecasts of this run were not good enough to skip anything: "
+                             "too few steps, or too much change between them" if chosen.gate else
+                             "nothing was skipped: the interval, the window or the few steps left nothing to skip")
+
     def _skipped(self):
-        skipping = {Action.ESTIMATE.value, Action.JUMP.value}
-        return any(skipping & set(record.actions.values()) for record in self.report.evaluations)
+        return any({*record.actions.values()} - {Action.FULL.value} for record in self.report.evaluations)
 
     def _scope(self, window):
         stale = [w for w, s in self.scopes.items() if self.evaluation.ordinal - s.used_at > SCOPE_LIFE]

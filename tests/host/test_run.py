@@ -159,6 +159,18 @@ def test_where_forecasts_are_worth_nothing_nothing_is_skipped_and_that_is_said(t
     assert "not good enough" in last_report(model)["notes"][0]
 
 
+def test_a_window_that_leaves_nothing_to_skip_is_said(tiny_models):
+    model = attach(tiny_models("sd3"), all_methods(every=2, window=Window(1.0, 1.0)))
+    sample(model, "sd3", steps=4)
+    assert "left nothing to skip" in last_report(model)["notes"][0]
+
+
+def test_at_cfg_1_the_gate_is_not_blamed(tiny_models):
+    model = attach(tiny_models("sd3"), PRESETS["exact-looking"](Window()))
+    sample(model, "sd3", cfg=1.0)
+    assert [note[:26] for note in last_report(model)["notes"]] == ["no unconditional pass to s"]
+
+
 def test_every_run_ends_with_one_line_in_the_log(tiny_models, caplog):
     with caplog.at_level(logging.INFO):
         sample(attach(tiny_models("sd3"), BALANCED), "sd3", steps=10)
