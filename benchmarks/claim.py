@@ -73,7 +73,7 @@ def estimates(recording, forecast, every, first=0):
     history, errors = make_history(forecast), {}
     for e, (sigma, true) in enumerate(zip(recording.sigmas, recording.difference)):
         if e > first and (e - first) % every and history.ready:
-            errors[e] = sum(history.at(sigma)) - true
+            errors[e] = history.at(sigma) - true
         else:
             history.push(sigma, split(true, RADIUS))
     return errors

@@ -1,4 +1,5 @@
 """How a cached quantity is carried forward: a polynomial in sigma through its last values."""
+import torch
 
 # A forecast is a blend of polynomial orders: {order: share}, shares summing to 1.
 FORECASTS = {"hold": {0: 1.0}, "linear": {1: 1.0}, "quadratic": {2: 1.0}, "blend": {1: 1 / 3, 2: 2 / 3}}
@@ -25,54 +26,65 @@ def forecast_weights(nodes, sigma, forecast):
     return weights
 
 
-def combine(tensors, weights):
-    """Sum of tensors times their weights, in a new tensor of the first one's shape and dtype.
-
-    weights: as many floats, or tensors that broadcast.
-    """
-    total = tensors[0] * weights[0]
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        if isinstance(weight, float):
-            total.add_(tensor, alpha=weight)
-        else:
-            total.addcmul_(tensor, weight)
-    return total
-
-
 class History:
-    """The last values of one quantity with the sigmas they were computed at, newest first."""
+    """The last values of one quantity in bands with the sigmas they were computed at, newest first."""
 
     def __init__(self, forecast):
         """`forecast`: blend of orders, {order: share}."""
         self.forecast = forecast
         self.depth = max(forecast) + 1
-        self.values = []
+        self.clear()
 
     def push(self, sigma, bands):
-        """Remember `bands` (tuple of tensors that add up to the quantity) as computed at `sigma`."""
-        # Two-stage samplers visit a sigma twice; a polynomial needs distinct nodes.
-        kept = [v for v in self.values if abs(v[0] - sigma) > 1e-6 * max(abs(sigma), 1e-6)]
-        self.values = [(sigma, bands), *kept[:self.depth - 1]]
+        """Remember `bands` (tuple of tensors [batch, ...] that add up to the quantity) as computed at `sigma`."""
+        kept = self.others(sigma)[:self.depth - 1]
+        newest = torch.stack(bands)[None]
+        self.stack = torch.cat([newest, self.stack[kept]]) if kept else newest
+        self.nodes = [sigma, *(self.nodes[i] for i in kept)]
+
+    def others(self, sigma):
+        """Places of the values computed elsewhere than at `sigma`.
+
+        Two-stage samplers visit a sigma twice; a polynomial needs distinct nodes.
+        """
+        return [i for i, node in enumerate(self.nodes) if abs(node - sigma) > 1e-6 * max(abs(sigma), 1e-6)]
 
     def clear(self):
         """Forget everything."""
-        self.values = []
+        self.nodes, self.stack = [], None
 
     @property
     def ready(self):
         """True when the forecast has as many values as its order needs."""
-        return len(self.values) == self.depth
+        return len(self.nodes) == self.depth
 
-    def at(self, sigma):
-        """Forecast of every band at `sigma`: a tuple of new tensors."""
+    def weights(self, sigma):
+        """Weight of every value in the forecast at `sigma`, tensor [1 or batch, bands, nodes]."""
         weights = forecast_weights(self.nodes, sigma, self.forecast)
-        return tuple(combine(band, weights) for band in zip(*(bands for _, bands in self.values)))
+        return numbers(weights, self.stack).expand(1, self.stack.shape[1], -1)
 
-    @property
-    def nodes(self):
-        """Sigmas of the values held, newest first."""
-        return [sigma for sigma, _ in self.values]
+    def at(self, sigma, onto=None, scale=None, bands=None):
+        """`onto` + `scale` * the forecast at `sigma`: a new tensor, by one product over all that is held.
+
+        onto: [batch, ...], None for zero; scale: [batch, 1, ...], None for one; bands: floats, one
+        weight for each band, None for ones.
+        """
+        nodes, count, batch, *shape = self.stack.shape
+        values = self.stack.reshape(nodes * count, batch, -1).transpose(0, 1)
+        weights = self.weights(sigma)
+        if bands is not None:
+            weights = weights * numbers(bands, self.stack)[:, None]
+        weights = weights.mT.reshape(-1, 1, nodes * count).expand(batch, -1, -1)
+        if scale is not None:
+            weights = weights * scale.to(weights.dtype).reshape(-1, 1, 1)
+        base = values.new_zeros(1, 1, 1) if onto is None else onto.to(values.dtype).reshape(batch, 1, -1)
+        return torch.baddbmm(base, weights, values).reshape(batch, *shape)
 
     def tensors(self):
         """Every tensor held."""
-        return [tensor for _, bands in self.values for tensor in bands]
+        return [] if self.stack is None else [self.stack]
+
+
+def numbers(values, like):
+    """Floats as a tensor of the dtype and on the device of `like`, without waiting for that device."""
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 from .bands import split
 from .clock import Window
-from .forecast import combine
 from .gate import ErrorEstimate
 from .measured import make_history
 from .schedule import Interval, IntervalSchedule
@@ -89,7 +88,7 @@ class GuidanceCache:
         unit: see ErrorEstimate.observe; None when no gate asks what forecasts are worth.
         """
         if unit is not None and self.history.ready:
-            forecast = sum(self.history.at(evaluation.sigma))
+            forecast = self.history.at(evaluation.sigma)
             self.error.observe(forecast, difference, unit, self.history.nodes, evaluation.sigma)
         bands = split(difference, self.edges) if self.in_bands else (difference,)
         self.history.push(evaluation.sigma, bands)
@@ -100,13 +99,15 @@ class GuidanceCache:
         """Foreseen relative change of the latent when the difference is estimated at `evaluation`."""
         return self.error.effect(self.history.nodes, evaluation)
 
-    def difference(self, evaluation):
-        """Estimated uncond - cond at `evaluation`, a new tensor in output space."""
-        bands = self.history.at(evaluation.sigma)
+    def estimate(self, evaluation, cond=None, scale=None):
+        """Estimated uncond at `evaluation`: `cond` + `scale` * the foreseen difference, a new tensor.
+
+        cond: [batch, ...], None for zero; scale: [batch, 1, ...], from output space to that of `cond`.
+        """
         if self.settings.weights == "none":
-            return combine(bands, [1.0] * len(bands))
+            return self.history.at(evaluation.sigma, cond, scale)
         self.weights = self._next_weights(evaluation.sigma)
-        return combine(bands, self.weights)
+        return self.history.at(evaluation.sigma, cond, scale, self.weights)
 
     def tensors(self):
         """Every tensor held."""

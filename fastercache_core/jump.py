@@ -6,7 +6,6 @@ held score. The other branches follow from their differences to this one, see `g
 from dataclasses import dataclass, field
 
 from .bands import split
-from .forecast import combine
 from .gate import ErrorEstimate
 from .measured import make_history
 from .schedule import Interval, IntervalSchedule
@@ -52,8 +51,7 @@ class JumpCache:
 
     def cond(self, evaluation):
         """Forecast of the conditional output at `evaluation`, a new tensor in output space."""
-        bands = self.history.at(evaluation.sigma)
-        return combine(bands, [1.0] * len(bands))
+        return self.history.at(evaluation.sigma)
 
     def tensors(self):
         """Every tensor held."""

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .forecast import FORECASTS, History, combine, lagrange
+from .forecast import FORECASTS, History, lagrange, numbers
 
 FORECAST_NAMES = ("measured", *FORECASTS)
 
-NODES = 3
 # Gains before anything was measured, and what the fit leans to: the blend that served best on
 # smooth trajectories.
 PRIOR = (1.0, 2 / 3)
@@ -23,7 +22,7 @@ LIMITS = (0.0, 1.25)
 
 @dataclass
 class Fit:
-    """Running normal equations of one band: tensors [batch, 1, ...], no host numbers."""
+    """Running normal equations of every band and picture: tensors [bands, batch], no host numbers."""
     a11: torch.Tensor
     a12: torch.Tensor
     a22: torch.Tensor
@@ -34,16 +33,16 @@ class Fit:
         return Fit(*(MEMORY * old + new for old, new in zip(vars(self).values(), vars(newer).values())))
 
     def gains(self):
-        """Least-squares (g1, g2), pulled towards PRIOR and clamped."""
+        """Least-squares (1, g1, g2), pulled towards PRIOR and clamped: tensor [batch, bands, 3]."""
         a11, a22 = self.a11 * (1 + LEAN), self.a22 * (1 + LEAN)
         b1, b2 = self.b1 + LEAN * PRIOR[0] * self.a11, self.b2 + LEAN * PRIOR[1] * self.a22
         determinant = (a11 * a22 - self.a12 ** 2).clamp_min(1e-30)
         g1 = (b1 * a22 - b2 * self.a12) / determinant
         g2 = (b2 * a11 - b1 * self.a12) / determinant
-        return g1.clamp(*LIMITS), g2.clamp(*LIMITS)
+        return torch.stack([torch.ones_like(g1), g1.clamp(*LIMITS), g2.clamp(*LIMITS)]).movedim(-1, 0).mT
 
 
-class MeasuredHistory:
+class MeasuredHistory(History):
     """The last values of a quantity in bands, newest first, with the gains seen so far.
 
     Gains are kept per band and per picture of the batch, so that no picture depends on its
@@ -51,50 +50,33 @@ class MeasuredHistory:
     """
 
     def __init__(self):
-        self.values = []
-        self.fits = None
-        self.gains = None
+        super().__init__(FORECASTS["quadratic"])
 
     def push(self, sigma, bands):
         """Remember `bands` (tuple of tensors [batch, ...]) as computed at `sigma`, and learn from them."""
-        kept = [v for v in self.values if abs(v[0] - sigma) > 1e-6 * max(abs(sigma), 1e-6)]
-        if len(kept) == NODES:
-            self._learn(sigma, bands, kept)
-        self.values = [(sigma, bands), *kept[:NODES - 1]]
+        kept = self.others(sigma)
+        if len(kept) == self.depth:
+            self._learn(sigma, torch.stack(bands))
+        super().push(sigma, bands)
 
     def clear(self):
         """Forget everything."""
-        self.values, self.fits, self.gains = [], None, None
+        super().clear()
+        self.fit = self.gains = None
 
-    @property
-    def ready(self):
-        """True when there are as many values as the highest term needs."""
-        return len(self.values) == NODES
+    def weights(self, sigma):
+        """Weight of every value in the forecast at `sigma`, tensor [1 or batch, bands, nodes]."""
+        terms = numbers(term_weights(self.nodes, sigma), self.stack)
+        if self.gains is None:
+            return (numbers([1.0, *PRIOR], self.stack) @ terms).expand(1, self.stack.shape[1], -1)
+        return self.gains @ terms
 
-    def at(self, sigma):
-        """Forecast of every band at `sigma`: a tuple of new tensors."""
-        gains = self.gains or [PRIOR] * len(self.values[0][1])
-        return tuple(self._band(i, sigma, g1, g2) for i, (g1, g2) in enumerate(gains))
-
-    @property
-    def nodes(self):
-        """Sigmas of the values held, newest first."""
-        return [sigma for sigma, _ in self.values]
-
-    def tensors(self):
-        """Every tensor held."""
-        return [tensor for _, bands in self.values for tensor in bands]
-
-    def _band(self, band, sigma, g1, g2):
-        hold, linear, quadratic = term_weights(self.nodes, sigma)
-        weights = [h + g1 * (l - h) + g2 * (q - l) for h, l, q in zip(hold, linear, quadratic)]
-        return combine([bands[band] for _, bands in self.values], weights)
-
-    def _learn(self, sigma, bands, kept):
-        fits = [_fit(band, [value[i] for _, value in kept], [s for s, _ in kept], sigma)
-                for i, band in enumerate(bands)]
-        self.fits = fits if self.fits is None else [old + new for old, new in zip(self.fits, fits)]
-        self.gains = [fit.gains() for fit in self.fits]  # once, not at every evaluation that is skipped
+    def _learn(self, sigma, bands):
+        terms = numbers(term_weights(self.nodes, sigma), self.stack)
+        _, first, second = torch.tensordot(terms, self.stack, 1).flatten(3)
+        fit = _fit((bands - self.stack[0]).flatten(2), first, second)
+        self.fit = fit if self.fit is None else self.fit + fit
+        self.gains = self.fit.gains()  # once, not at every evaluation that is skipped
 
 
 def make_history(name):
@@ -103,15 +85,12 @@ def make_history(name):
 
 
 def term_weights(nodes, sigma):
-    """Weights of three values (newest first) in their hold, linear and quadratic forecast at `sigma`."""
-    return [1.0, 0.0, 0.0], [*lagrange(nodes[:2], sigma), 0.0], lagrange(nodes, sigma)
+    """Weights of three values (newest first) in hold, linear - hold and quadratic - linear at `sigma`."""
+    hold, linear, quadratic = [1.0, 0.0, 0.0], [*lagrange(nodes[:2], sigma), 0.0], lagrange(nodes, sigma)
+    return [hold, [b - a for a, b in zip(hold, linear)], [b - a for a, b in zip(linear, quadratic)]]
 
 
-def _fit(band, values, nodes, sigma):
-    hold, linear, quadratic = term_weights(nodes, sigma)
-    first = sum(v * (l - h) for v, l, h in zip(values, linear, hold))
-    second = sum(v * (q - l) for v, q, l in zip(values, quadratic, linear))
-    change = band - values[0]
-    dot = lambda a, b: (a * b).flatten(1).sum(1).view(-1, *[1] * (a.ndim - 1))
+def _fit(change, first, second):
+    dot = lambda a, b: (a * b).sum(-1)
     return Fit(dot(first, first), dot(first, second), dot(second, second),
                dot(change, first), dot(change, second))

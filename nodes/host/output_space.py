@@ -38,7 +38,3 @@ class OutputSpace:
     def difference(self, denoised, reference):
         """Difference of two denoised latents of one evaluation, in output space."""
         return (denoised - reference) / self.scale
-
-    def add(self, reference, difference):
-        """`reference` (denoised) plus a difference in output space, as denoised."""
-        return torch.addcmul(reference, self.scale.to(difference.dtype), difference)

@@ -77,7 +77,7 @@ class Scope:
         outputs = [cond.new_zeros(cond.shape) if i not in (reference, *others) else cond
                    for i in range(len(conds))]  # the host leaves inactive branches at zero
         for i in others:
-            outputs[i] = space.add(cond, self.differences[i].difference(evaluation))
+            outputs[i] = self.differences[i].estimate(evaluation, cond, space.scale)
         return outputs
 
     def _observe(self, evaluation, outputs, reference, active, space):

@@ -44,7 +44,7 @@ def test_estimate_equals_the_papers_transform_mask_add_recipe(size, dtype, toler
     settings = GuidanceSettings(forecast="hold", weights="paper", switch=0.5)
     cache = GuidanceCache(settings, PERCENT_TO_SIGMA)
     cache.observe(at(0, 0.9), uncond_then - cond_then)
-    ours = cond_now + cache.difference(at(1, 0.8))
+    ours = cache.estimate(at(1, 0.8), cond_now)
 
     spectra = spectra_difference(cond_then, uncond_then, disc_radius(*size, settings.radius))
     theirs = literal_recipe(cond_now, *spectra, 1.2, 1.0, disc_radius(*size, settings.radius))
@@ -73,10 +73,10 @@ def test_released_weights_compound_per_skipped_evaluation_and_restart_after_a_fu
     cache = GuidanceCache(settings, PERCENT_TO_SIGMA)
     constant = torch.ones(1, 1, 8, 8)  # all of it is low frequency
     cache.observe(at(0, 0.9), constant)
-    seen = [cache.difference(at(i, 0.9 - 0.1 * i)).mean().item() for i in (1, 2, 3)]
+    seen = [cache.estimate(at(i, 0.9 - 0.1 * i)).mean().item() for i in (1, 2, 3)]
     assert seen == pytest.approx([1.1, 1.21, 1.331], rel=1e-6)
     cache.observe(at(4, 0.6), constant)
-    assert cache.difference(at(5, 0.55)).mean().item() == pytest.approx(1.1, rel=1e-6)
+    assert cache.estimate(at(5, 0.55)).mean().item() == pytest.approx(1.1, rel=1e-6)
 
 
 @pytest.mark.parametrize("weights", ["none", "paper"])
@@ -86,7 +86,7 @@ def test_linear_forecast_is_exact_for_a_difference_that_moves_linearly_in_sigma(
     cache = GuidanceCache(settings, PERCENT_TO_SIGMA)
     for ordinal, sigma in enumerate((0.9, 0.7)):  # uneven steps must not matter
         cache.observe(at(ordinal, sigma), base + slope * sigma)
-    assert torch.allclose(cache.difference(at(2, 0.65)), base + slope * 0.65)
+    assert torch.allclose(cache.estimate(at(2, 0.65)), base + slope * 0.65)
 
 
 @pytest.mark.parametrize("bands", [1, 2, 3, 5])
@@ -95,7 +95,7 @@ def test_any_number_of_bands_adds_up_to_the_whole_difference(bands):
     cache = GuidanceCache(GuidanceSettings(forecast="measured", bands=bands), PERCENT_TO_SIGMA)
     for ordinal, sigma in enumerate((0.9, 0.8, 0.7, 0.6)):
         cache.observe(at(ordinal, sigma), difference)
-    assert torch.allclose(cache.difference(at(4, 0.5)), difference, atol=1e-5)
+    assert torch.allclose(cache.estimate(at(4, 0.5)), difference, atol=1e-5)
 
 
 def test_nothing_is_estimated_before_enough_differences_are_known_nor_at_the_last_evaluation():
@@ -116,6 +116,6 @@ def test_caller_tensors_are_never_written():
             cache = GuidanceCache(GuidanceSettings(Interval(5), forecast, weights), PERCENT_TO_SIGMA)
             cache.observe(at(0, 0.9), difference)
             cache.observe(at(1, 0.8), difference)
-            cache.difference(at(2, 0.7))
-            cache.difference(at(3, 0.6))
+            cache.estimate(at(2, 0.7))
+            cache.estimate(at(3, 0.6))
             assert torch.equal(difference, before)

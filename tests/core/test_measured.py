@@ -18,7 +18,7 @@ def fed(history, path, sigmas):
 
 
 def error(history, path, sigma):
-    return (history.at(sigma)[0] - path(sigma)).norm().item()
+    return (history.at(sigma) - path(sigma)).norm().item()
 
 
 SIGMAS = [1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65]
@@ -44,7 +44,7 @@ def test_each_picture_of_a_batch_has_its_own_gains():
     path = lambda s: torch.stack([smooth[0] * s, rough[SIGMAS.index(s)]])
     both = fed(MeasuredHistory(), path, SIGMAS)
     alone = fed(MeasuredHistory(), lambda s: path(s)[:1], SIGMAS)
-    assert torch.allclose(both.at(0.6)[0][:1], alone.at(0.6)[0])
+    assert torch.allclose(both.at(0.6)[:1], alone.at(0.6))
 
 
 def test_each_band_has_its_own_gains():
@@ -54,7 +54,7 @@ def test_each_band_has_its_own_gains():
     history = MeasuredHistory()
     for sigma in SIGMAS:
         history.push(sigma, path(sigma))
-    low, _ = history.at(0.6)
+    low = history.at(0.6, bands=(1.0, 0.0))
     assert torch.allclose(low, smooth * 0.6, atol=1e-6), "the rough band must not spoil the smooth one"
 
 
@@ -71,6 +71,6 @@ def test_it_waits_for_three_values_and_forgets_when_told():
         history.push(sigma, (torch.ones(1, 1, 4, 4),))
     assert not history.ready
     history.push(SIGMAS[2], (torch.ones(1, 1, 4, 4),))
-    assert history.ready and history.at(0.5)[0].mean().item() == pytest.approx(1.0)
+    assert history.ready and history.at(0.5).mean().item() == pytest.approx(1.0)
     history.clear()
     assert not history.ready and history.tensors() == []

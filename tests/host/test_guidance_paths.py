@@ -215,7 +215,7 @@ def test_output_space_inverts_the_hosts_own_formula(prediction):
     denoised = [sampling.calculate_denoised(sigma, output, x) for output in (cond, uncond)]
     assert torch.allclose(space.output(denoised[0]), cond)
     assert torch.allclose(space.difference(denoised[1], denoised[0]), uncond - cond)
-    assert torch.allclose(space.add(denoised[0], uncond - cond), denoised[1])
+    assert torch.allclose(denoised[0] + space.scale * (uncond - cond), denoised[1])
     assert torch.allclose(space.denoised(cond), denoised[0])
 
 

@@ -192,7 +192,7 @@ def test_beside_the_hosts_own_cache_ours_stands_down_and_says_so(tiny_models):
 
 
 @pytest.mark.parametrize("sampler, note", [
-    ("dpm_adaptive", "cannot be foreseen"), ("dpmpp_2m", "none is forecast"), ("euler_ancestral", "adds noise")])
+    ("dpm_adaptive", "cannot be foreseen"), ("dpm_fast", "cannot be foreseen"), ("dpmpp_2m", "none is forecast"), ("euler_ancestral", "adds noise")])
 def test_samplers_that_cannot_be_forecast_are_refused_with_the_reason(tiny_models, sampler, note):
     model = attach(tiny_models("sd15"), BALANCED)
     assert torch.isfinite(sample(model, "sd15", sampler=sampler, steps=6)).all()
