@@ -3,9 +3,11 @@
 "default" is the node FasterCacheCFG as it comes. "every2_..." skip every second unconditional pass
 and "every5_..." four of five from a third of sampling on, with no gate. "late2_..." and "late5_..."
 are the same, begun so late that they cost what the default costs. Beside each run: the fewest plain
-steps that are not cheaper. Pictures on which a run skips nothing are not in its means. Writes
-output/cfg_cache/summary.json and frontier.png and prints the table.
+steps that are not cheaper. Pictures on which a run skips nothing are not in its means. `--bed`
+chooses the model: mmdit (default), unet or wan. Writes output/cfg_cache/BED.json and BED.png and
+prints the table.
 """
+import argparse
 import json
 from dataclasses import replace
 
@@ -15,6 +17,7 @@ from benchmarks.tools.comparison import BATCH, equal_steps, rotated, sample_each
 from benchmarks.tools.pictures import closeness
 from benchmarks.tools.sampling import SEED, Bench, Run
 from PIL import Image
+from testbed.beds import BEDS
 from testbed.server import ROOT, Host, plain_errors
 from tqdm import tqdm
 
@@ -184,18 +187,25 @@ def draw(panel, runs):
                        ms=14 if kind == "default" else 7, alpha=0.85, mec="none")
 
 
+def chosen_bed():
+    """The bed of the command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--bed", choices=list(BEDS), default="mmdit", help="the model")
+    return parser.parse_args().bed
+
+
 def main():
     """Run everything and write it down."""
-    prompts = json.loads((ROOT / "testbed" / "prompts.json").read_text())["report"][:PROMPTS]
-    settings = []
+    bed, settings = chosen_bed(), []
+    prompts = BEDS[bed].prompts("report")[:PROMPTS]
     with Host(threads=2) as host:
         for steps, cfg in SETTINGS:
-            settings.append(describe(sample_setting(Bench(host), prompts, steps, cfg), steps, cfg))
+            settings.append(describe(sample_setting(Bench(host, bed), prompts, steps, cfg), steps, cfg))
             print(table(settings[-1]), flush=True)
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    (OUTPUT / "summary.json").write_text(json.dumps({"settings": settings}, indent=1))
-    frontier(settings, OUTPUT / "frontier.png")
-    print(f"\nsummary.json and frontier.png: {OUTPUT}")
+    (OUTPUT / f"{bed}.json").write_text(json.dumps({"settings": settings}, indent=1))
+    frontier(settings, OUTPUT / f"{bed}.png")
+    print(f"\n{bed}.json and {bed}.png: {OUTPUT}")
 
 
 if __name__ == "__main__":

@@ -4,20 +4,22 @@ Records full sampling of the tuning prompts and asks of every evaluation, in the
 how far cond, uncond and their difference moved since the evaluation before, how large the difference
 is, in which frequencies, and what an estimated difference would have done to the latent. Then samples
 fixed schedules, the paper's among them, at more and more steps, each beside plain fewer steps.
-Writes docs/images/cfg_difference.png and output/claim/summary.json and prints the numbers.
+Writes docs/images/cfg_difference_BED.png and output/claim/BED.json and prints the numbers.
+`--bed` chooses the model: mmdit (default), unet or wan.
 """
 import json
 from dataclasses import replace
 
 import matplotlib
 import torch
-from benchmarks.cfg_cache import COLOURS, FORECASTS, against, cfg_cache, save
+from benchmarks.cfg_cache import COLOURS, FORECASTS, against, cfg_cache, chosen_bed, save
 from benchmarks.tools.comparison import equal_steps, sample_each
 from benchmarks.tools.recording import load_model, record
 from benchmarks.tools.sampling import SEED, Bench, Run
 from fastercache_core.bands import split
 from fastercache_core.gate import rms
 from fastercache_core.measured import make_history
+from testbed.beds import BEDS
 from testbed.server import ROOT, Host, plain_errors
 
 matplotlib.use("Agg")
@@ -30,8 +32,7 @@ PROMPTS, FEW = 16, 8            # recorded; sampled with the paper's schedule
 STEPS = (30, 60, 120)
 SCHEDULES = [("1 in 5", 5, 1 / 3, "o-", FORECASTS), ("1 in 5, last third", 5, 2 / 3, "^:", ("hold", "measured")),
              ("1 in 2", 2, 1 / 3, "s--", SHOWN)]  # name, interval, start, line, forecasts
-PICTURE = ROOT / "docs" / "images" / "cfg_difference.png"
-OUTPUT = ROOT / "output" / "claim"
+IMAGES, OUTPUT = ROOT / "docs" / "images", ROOT / "output" / "claim"
 
 
 def sizes(x):
@@ -82,7 +83,12 @@ def estimates(recording, forecast, every, first=0):
 def effect(recording, cfg, evaluation, error):
     """What one error of the difference does to the latent: a tensor relative to its size, [batch, ...]."""
     step = recording.sigmas[evaluation] - recording.sigmas[evaluation + 1]
-    return (cfg - 1) * step * error / rms(recording.latent).view(-1, 1, 1, 1)
+    return (cfg - 1) * step * error / each(rms(recording.latent), error)
+
+
+def each(numbers, like):
+    """One number for each of the first axis, to multiply with a tensor of the shape of `like`."""
+    return numbers.view(-1, *[1] * (like.ndim - 1))
 
 
 def one_skip(recording, cfg, forecast, every, gap):
@@ -115,7 +121,7 @@ def balance(recording, cfg, start):
     Holding the difference is worth its cost at one full evaluation in n when this is below 1 / (n + 1).
     """
     guided = recording.cond - (cfg - 1) * recording.difference
-    steps = -torch.tensor(recording.sigmas).diff()[1:].view(-1, 1, 1, 1, 1)
+    steps = each(-torch.tensor(recording.sigmas).diff()[1:], guided)
     first = round(start * len(steps))
     moved = lambda x: rms(((x[1:] - x[:-1]) * steps)[first:].sum(0)).mean()
     return float((cfg - 1) * moved(recording.difference) / moved(guided))
@@ -156,7 +162,7 @@ class Silent:
         return lambda *_: None
 
 
-def draw(settings, gains):
+def draw(settings, gains, path):
     """The figure of the docs."""
     figure, panels = plt.subplots(2, 2, figsize=(11, 7.6), constrained_layout=True)
     shown = [(next(s for s in settings if (s["steps"], s["cfg"]) == (30, cfg)), line)
@@ -173,8 +179,7 @@ def draw(settings, gains):
     for panel in (*panels[0], panels[1, 0]):
         panel.legend(fontsize=8)
     panels[1, 1].legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1, 0.5))
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    save(figure, PICTURE)
+    save(figure, path)
 
 
 def label(name, line):
@@ -233,21 +238,21 @@ def text(setting):
     return "\n".join(lines)
 
 
-def recorded(prompts):
+def recorded(bed, prompts):
     """The analysis of every setting."""
-    model, settings = load_model(), []
+    model, settings = load_model(bed), []
     for steps, cfg in SETTINGS:
-        settings.append(analyse(record(model, prompts, steps, cfg, SEED), steps, cfg))
+        settings.append(analyse(record(model, prompts, steps, cfg, SEED, bed), steps, cfg))
         print(text(settings[-1]), flush=True)
     return settings
 
 
-def sampled(prompts):
+def sampled(bed, prompts):
     """{steps: what fixed schedules gain there}."""
     gains = {}
     with Host(threads=2) as host:
         for steps in STEPS:
-            gains[steps] = gained(Bench(host), prompts, steps)
+            gains[steps] = gained(Bench(host, bed), prompts, steps)
             print(f"\n{steps} steps: gain over fewer steps, dB")
             print("\n".join(f"  {name:<30} {g['gain']:+.1f} +- {g['gain_std']:.1f}"
                             for name, g in gains[steps].items()), flush=True)
@@ -256,13 +261,14 @@ def sampled(prompts):
 
 def main():
     """Run everything and write it down."""
-    prompts = json.loads((ROOT / "testbed" / "prompts.json").read_text())["tuning"]
-    settings = recorded(prompts[:PROMPTS])
-    gains = sampled(prompts[:FEW])
+    bed = chosen_bed()
+    prompts = BEDS[bed].prompts("tuning")
+    settings = recorded(bed, prompts[:PROMPTS])
+    gains = sampled(bed, prompts[:FEW])
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    (OUTPUT / "summary.json").write_text(json.dumps({"recorded": settings, "gains": gains}, indent=1))
-    draw(settings, gains)
-    print(f"\nsummary.json: {OUTPUT}; figure: {PICTURE}")
+    (OUTPUT / f"{bed}.json").write_text(json.dumps({"recorded": settings, "gains": gains}, indent=1))
+    draw(settings, gains, IMAGES / f"cfg_difference_{bed}.png")
+    print(f"\n{OUTPUT / bed}.json; figure: {IMAGES / f'cfg_difference_{bed}.png'}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ NODES = {
     "fastercache_testbed": ROOT / "testbed" / "nodes",
     "fastercache_benchmarks": ROOT / "benchmarks" / "nodes",
 }
-MODELS = ROOT / "testbed" / "models" / "emoji_mmdit"
+MODELS = tuple(ROOT / "testbed" / "models" / name for name in ("emoji_mmdit", "emoji_wan"))  # for UNETLoader
 START_SECONDS = 180
 FAILED_NODE = re.compile(r"Cannot import|IMPORT FAILED|Error while calling comfy_entrypoint|did not return|Skip ")
 
@@ -137,7 +137,7 @@ class Host:
         """The server's command line."""
         paths = self.folder / "paths.yaml"  # JSON is YAML
         paths.write_text(json.dumps({"fastercache": {"custom_nodes": str(self.folder / "custom_nodes"),
-                                                     "diffusion_models": str(self.models)}}))
+                                                     "diffusion_models": "\n".join(map(str, self.models))}}))
         return ["--cpu", "--disable-auto-launch", "--disable-api-nodes",
                 "--listen", "127.0.0.1", "--port", str(self.port),
                 "--disable-all-custom-nodes", "--whitelist-custom-nodes", *self.nodes,

@@ -64,7 +64,7 @@ def sample_each(bench, runs, prompts, seed, bar):
     """Sample one batch with every run, giving (name, result); equal controls are sampled once."""
     done = {}
     for run in runs:
-        key = run.name if run.nodes else (run.seed, run.steps, run.cfg)
+        key = run.name if run.nodes else (run.seed, run.steps, run.cfg, run.sampler, run.scheduler)
         if key not in done:
             bar.set_description(run.name)
             done[key] = bench.sample(run, prompts, seed,

@@ -1,17 +1,17 @@
-"""Full sampling of the test bed's model inside this process, with every evaluation kept."""
+"""Full sampling of a test bed's model inside this process, with every evaluation kept."""
 import sys
 from dataclasses import dataclass
 
 import torch
-from benchmarks.tools.sampling import MODEL_FILE
-from testbed.server import MODELS, comfyui_path
+from testbed.beds import BEDS
+from testbed.server import comfyui_path
 
 
 @dataclass
 class Recording:
     """One full run: sigmas [evaluations + 1]; cond, difference (uncond - cond, both in the network's
-    output space) [evaluations, batch, channels, height, width]; latent [batch, ...], the result,
-    as the network sees it."""
+    output space) [evaluations, batch, channels, (frames,) height, width]; latent [batch, ...], the
+    result, as the network sees it."""
     sigmas: list
     cond: torch.Tensor
     difference: torch.Tensor
@@ -23,39 +23,43 @@ class Recording:
         return self.cond + self.difference
 
 
-def load_model():
-    """The test bed's model as the host loads it, on the CPU."""
+def load_model(bed="mmdit"):
+    """The model of a bed, a name in BEDS, as the host loads it, on the CPU."""
     sys.path.insert(0, str(comfyui_path()))
     import comfy.cli_args
     comfy.cli_args.args.cpu = True
-    import comfy.sd
-    return comfy.sd.load_diffusion_model(str(MODELS / MODEL_FILE))
+    return BEDS[bed].load()
 
 
-def record(model, prompts, steps, cfg, seed):
-    """Sample `prompts` in full with Euler and the `simple` scheduler: a Recording."""
+def record(model, prompts, steps, cfg, seed, bed="mmdit"):
+    """Sample `prompts` in full with Euler and the bed's scheduler: a Recording."""
     import comfy.sample
-    model, seen = model.clone(), []
+    model, bed, seen = model.clone(), BEDS[bed], []
 
     def keep(args):
-        sigma = args["sigma"].view(-1, 1, 1, 1)  # a flow model: denoised = x - sigma * output
-        output = (args["input"] - args["cond_denoised"]) / sigma
-        difference = (args["cond_denoised"] - args["uncond_denoised"]) / sigma
-        seen.append((float(sigma[0]), output, difference, args["denoised"]))
+        cond, uncond = (network_output(model, args["sigma"], args["input"], args[f"{branch}_denoised"])
+                        for branch in ("cond", "uncond"))
+        seen.append((float(args["sigma"][0]), cond, uncond - cond, args["denoised"]))
         return args["denoised"]
 
     model.set_model_sampler_post_cfg_function(keep)
-    latent = torch.zeros(len(prompts), 16, 16, 16)
+    latent = bed.empty(len(prompts))
     noise = comfy.sample.prepare_noise(latent, seed)
-    comfy.sample.sample(model, noise, steps, cfg, "euler", "simple", conditioning(prompts), conditioning([""]),
-                        latent, disable_pbar=True, seed=seed)
+    comfy.sample.sample(model, noise, steps, cfg, "euler", bed.scheduler, bed.conditioning(prompts),
+                        bed.conditioning([""]), latent, disable_pbar=True, seed=seed)
     sigmas, cond, difference, denoised = zip(*seen)
     return Recording([*sigmas, 0.0], torch.stack(cond), torch.stack(difference), denoised[-1])
 
 
-def conditioning(prompts):
+def network_output(model, sigma, x, denoised):
+    """What the network gave, [batch, ...], where the host's guidance sees `denoised` of the latent x.
+
+    Denoised is skip(x) + scale * output for every prediction type: both parts are asked of the host.
+    """
+    to_denoised, zero = model.get_model_object("model_sampling").calculate_denoised, torch.zeros_like(x)
+    return (denoised - to_denoised(sigma, zero, x)) / to_denoised(sigma, torch.ones_like(x), zero)
+
+
+def conditioning(prompts, bed="mmdit"):
     """The host's conditioning of the prompts."""
-    from testbed.nodes.emoji import Codec  # its package needs the host
-    codec = Codec.load(MODELS / "emoji_text.safetensors")
-    context, pooled = codec.embed(codec.tokens(prompts))
-    return [[context, {"pooled_output": pooled}]]
+    return BEDS[bed].conditioning(prompts)

@@ -1,30 +1,37 @@
-"""Runs of the test bed's model on a Host: the graph that is posted, and what came back."""
+"""Runs of a test bed's model on a Host: the graph that is posted, and what came back."""
 import io
 import itertools
 import json
 from dataclasses import dataclass
 
 import numpy as np
+from testbed.beds import BEDS, node
 
-MODEL_FILE = "emoji_mmdit.safetensors"
+MODEL_FILE = BEDS["mmdit"].weights.name
 STEPS, CFG, SEED = 30, 4.5, 20
 
 
 @dataclass(frozen=True)
 class Run:
     """One way to sample: `nodes` are put on the model in order, each a (node id, inputs that differ
-    from its defaults); `seed` is added to the seed; `steps_of` names the run whose cost sets the steps."""
+    from its defaults); `seed` is added to the seed; `steps_of` names the run whose cost sets the steps;
+    `scheduler` None is the bed's own."""
     name: str
     nodes: tuple = ()
     seed: int = 0
     steps: int = STEPS
     cfg: float = CFG
     steps_of: str = ""
+    sampler: str = "euler"
+    scheduler: str | None = None
 
 
 @dataclass
 class Result:
-    """What one sampling gave: pictures [batch, height, width, 3] in 0..1, its cost and its reports."""
+    """What one sampling gave: pictures [batch, frames * height, width, 3] in 0..1, its cost and its report.
+
+    The frames of a clip lie one below the other, so that everything that works on pictures works on clips.
+    """
     pictures: np.ndarray
     rows: int
     seconds: float
@@ -32,10 +39,10 @@ class Result:
 
 
 class Bench:
-    """Samples the test bed's model on a running Host."""
+    """Samples the model of a bed, a name in BEDS, on a running Host."""
 
-    def __init__(self, host):
-        self.host = host
+    def __init__(self, host, bed="mmdit"):
+        self.host, self.bed = host, BEDS[bed]
         self.known_defaults = {}
         self.fresh = itertools.count()
 
@@ -44,19 +51,14 @@ class Bench:
         workflow = self.workflow(run, prompts, seed + run.seed)
         outputs = self.host.run(workflow, on_progress)
         [array] = outputs["save"]["arrays"]
+        frames = np.load(io.BytesIO(self.host.image(array)))  # [batch * frames, height, width, 3]
         report = outputs.get("report", {}).get("fastercache_report")
-        return Result(np.load(io.BytesIO(self.host.image(array))), outputs["count"]["rows"][0],
+        return Result(frames.reshape(len(prompts), -1, *frames.shape[2:]), outputs["count"]["rows"][0],
                       outputs["count"]["seconds"][0], json.loads(report[0]) if report else None)
 
     def workflow(self, run, prompts, seed):
         """The API-format graph of one run."""
-        graph = {
-            "load": node("UNETLoader", unet_name=MODEL_FILE, weight_dtype="default"),
-            "model": node("CountRows", model=["load", 0], run=next(self.fresh)),
-            "positive": node("EmojiPrompt", prompts="\n".join(prompts)),
-            "negative": node("EmojiPrompt", prompts=""),
-            "empty": node("EmptySD3LatentImage", width=128, height=128, batch_size=len(prompts)),
-        }
+        graph = self.bed.graph(prompts) | {"model": node("CountRows", model=["load", 0], run=next(self.fresh))}
         for position, (kind, inputs) in enumerate(run.nodes):
             inputs = {**self.defaults(kind), **inputs, "model": [f"patch {position - 1}" if position else "model", 0]}
             graph[f"patch {position}"] = node(kind, **inputs)
@@ -65,11 +67,11 @@ class Bench:
     def after_model(self, run, seed, model):
         """The part of the graph that samples `model`, and measures."""
         graph = {
-            "sample": node("KSampler", model=model, seed=seed, steps=run.steps, cfg=run.cfg, sampler_name="euler",
-                           scheduler="simple", positive=["positive", 0], negative=["negative", 0],
-                           latent_image=["empty", 0], denoise=1.0),
+            "sample": node("KSampler", model=model, seed=seed, steps=run.steps, cfg=run.cfg,
+                           sampler_name=run.sampler, scheduler=run.scheduler or self.bed.scheduler,
+                           positive=["positive", 0], negative=["negative", 0], latent_image=["empty", 0], denoise=1.0),
             "count": node("RowCount", model=model, latent=["sample", 0]),
-            "decode": node("EmojiDecode", samples=["sample", 0], scale=1),
+            "decode": self.bed.decoder(["sample", 0]),
             "save": node("SaveArray", images=["decode", 0]),
         }
         if any(kind.startswith("FasterCache") for kind, _ in run.nodes):
@@ -84,11 +86,6 @@ class Bench:
             self.known_defaults[kind] = {name: default for name, spec in declared.items()
                                          if (default := default_of(*spec)) is not None}
         return self.known_defaults[kind]
-
-
-def node(kind, **inputs):
-    """One node of an API-format graph."""
-    return {"class_type": kind, "inputs": inputs}
 
 
 def default_of(kind, options=None):

@@ -1,12 +1,16 @@
-"""The emoji codec: prompts to embeddings, pictures to latents and back."""
+"""The emoji codecs: prompts to embeddings, pictures or clips to latents and back."""
 import json
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+MODELS = Path(__file__).resolve().parent.parent / "models"
 TOKENS = 6
 BLOCK = 4
+CELL, GROUP = 8, 4  # side in pixels and frames of a clip's cell
+WIDE = 4096  # numbers a token that Wan expects
 PAD = "<pad>"
 
 
@@ -32,8 +36,25 @@ def unblocks(cells):
     return cells.reshape(b, 3, h * BLOCK, w * BLOCK)
 
 
+def clip_cells(clips):
+    """Clips [B,1+4t,3,H,W] as rows of cells [B,t+1,H/8,W/8,768]; the first frame stands for four."""
+    b, _, c, h, w = clips.shape
+    frames = torch.cat([clips[:, :1].expand(-1, GROUP - 1, -1, -1, -1), clips], 1)
+    cells = frames.reshape(b, -1, GROUP, c, h // CELL, CELL, w // CELL, CELL)
+    return cells.permute(0, 1, 4, 6, 2, 3, 5, 7).flatten(4)
+
+
+def clips_of(cells):
+    """Rows of cells [B,t+1,h,w,768] as clips [B,1+4t,3,8h,8w]; the mean of the first four is the first frame."""
+    b, t, h, w, _ = cells.shape
+    cells = cells.reshape(b, t, h, w, GROUP, 3, CELL, CELL).permute(0, 1, 4, 5, 2, 6, 3, 7)
+    frames = cells.reshape(b, t * GROUP, 3, h * CELL, w * CELL)
+    return torch.cat([frames[:, :GROUP].mean(1, keepdim=True), frames[:, GROUP:]], 1)
+
+
 class Codec:
     """A vocabulary with its embedding table [V,D] and a linear picture code of 48 to C numbers."""
+    cut, join = staticmethod(blocks), staticmethod(unblocks)
 
     def __init__(self, vocabulary, table, mean, encoder, decoder):
         self.index = {word: i for i, word in enumerate(vocabulary)}
@@ -66,8 +87,36 @@ class Codec:
 
     def encode(self, pictures):
         """Latents [B,C,H/4,W/4] of pictures [B,3,H,W] in 0..1."""
-        return ((blocks(pictures) - self.mean) @ self.encoder).permute(0, 3, 1, 2)
+        return ((self.cut(pictures) - self.mean) @ self.encoder).movedim(-1, 1)
 
     def decode(self, latents):
         """Pictures [B,3,4h,4w] in 0..1 of latents [B,C,h,w]."""
-        return unblocks(latents.permute(0, 2, 3, 1) @ self.decoder + self.mean).clamp(0, 1)
+        return self.join(latents.movedim(1, -1) @ self.decoder + self.mean).clamp(0, 1)
+
+
+class ClipCodec(Codec):
+    """The same for clips: 768 to C numbers, latents [B,C,t+1,H/8,W/8] of clips [B,1+4t,3,H,W].
+
+    Tokens are as wide as Wan's text encoder makes them, zeros after the first D numbers.
+    """
+    cut, join = staticmethod(clip_cells), staticmethod(clips_of)
+
+    def embed(self, tokens):
+        """Context [B,TOKENS,WIDE] and the mean of its first numbers [B,D] for token numbers [B,TOKENS]."""
+        context, pooled = super().embed(tokens)
+        return torch.nn.functional.pad(context, (0, WIDE - context.shape[-1])), pooled
+
+
+CODECS = {"emoji_mmdit": Codec, "emoji_unet": Codec, "emoji_wan": ClipCodec}  # model -> its kind of codec
+
+
+def load_codec(model):
+    """The codec of a model, a name in CODECS."""
+    return CODECS[model].load(MODELS / model / "emoji_text.safetensors")
+
+
+def conditioning(model, prompts):
+    """The host's conditioning of the prompts for a model, one row a prompt."""
+    codec = load_codec(model)
+    context, pooled = codec.embed(codec.tokens(prompts))
+    return [[context, {"pooled_output": pooled}]]

@@ -1,4 +1,4 @@
-"""Emoji on coloured backgrounds: names, pictures, random augmentation, captions."""
+"""Emoji on coloured backgrounds, still and moving: names, pictures, random augmentation, captions."""
 import math
 import os
 
@@ -28,12 +28,20 @@ COLOURS = {
     "purple": (120, 50, 170), "pink": (250, 150, 190), "brown": (120, 72, 40),
     "black": (20, 20, 20), "gray": (128, 128, 128), "white": (245, 245, 245),
 }
+# How far a clip goes from its middle to its end: right, down (half widths), angle to the left, ln of the size.
+MOTIONS = {
+    "moving left": (-0.3, 0, 0, 0), "moving right": (0.3, 0, 0, 0),
+    "moving up": (0, -0.3, 0, 0), "moving down": (0, 0.3, 0, 0),
+    "turning left": (0, 0, 0.8, 0), "turning right": (0, 0, -0.8, 0),
+    "growing": (0, 0, 0, 0.3), "shrinking": (0, 0, 0, -0.3),
+}
 NAMES, SHADES = list(EMOJI), list(COLOURS)
+FRAMES = 13
 
 
-def vocabulary(pad):
-    """Every word that a caption can hold, the pad word first."""
-    words = sorted({word for name in NAMES for word in name.split()})
+def vocabulary(pad, more=()):
+    """Every word that a caption can hold, the pad word first; `more` adds words to those of the names."""
+    words = sorted({word for name in NAMES for word in name.split()} | set(more))
     return [pad] + words + [mark + shade for mark in ("on:", "and:") for shade in SHADES]
 
 
@@ -50,17 +58,34 @@ def uniform(generator, count, low, high):
     return low + (high - low) * torch.rand(count, generator=generator)
 
 
+def warp(pictures, angle, size, flip, x, y):
+    """Pictures [B,C,64,64] mirrored where flip [B] is -1, turned left by an angle [B], enlarged to a
+    size [B], and put at x, y [B] (half widths from the centre)."""
+    cos, sin = angle.cos() / size, angle.sin() / size
+    rows = torch.stack([cos * flip, -sin * flip, (sin * y - cos * x) * flip, sin, cos, -sin * x - cos * y], 1)
+    grid = F.affine_grid(rows.view(-1, 2, 3), pictures.shape, align_corners=False)
+    return F.grid_sample(pictures, grid, align_corners=False)
+
+
 def move(pictures, generator):
     """Pictures [B,C,64,64] flipped, turned, scaled and shifted a little at random."""
     n = len(pictures)
     angle = uniform(generator, n, -math.pi / 18, math.pi / 18)
-    size = uniform(generator, n, 1.0, 1.25)
+    size = 1 / uniform(generator, n, 1.0, 1.25)
     flip = (torch.rand(n, generator=generator) < 0.5).float() * 2 - 1
-    cos, sin = angle.cos() * size, angle.sin() * size
-    shift = [uniform(generator, n, -0.1, 0.1) for _ in range(2)]
-    rows = [cos * flip, -sin * flip, shift[0], sin, cos, shift[1]]
-    grid = F.affine_grid(torch.stack(rows, 1).view(n, 2, 3), pictures.shape, align_corners=False)
-    return F.grid_sample(pictures, grid, align_corners=False)
+    return warp(pictures, angle, size, flip, *(uniform(generator, n, -0.1, 0.1) for _ in range(2)))
+
+
+def animate(pictures, motion, generator):
+    """Pictures [B,C,64,64] as clips [B,FRAMES,C,64,64], each with its motion [B] (a number in MOTIONS)."""
+    n, time = len(pictures), torch.linspace(-1, 1, FRAMES)
+    right, down, left, growth = torch.tensor(list(MOTIONS.values())).float()[motion].T
+    still = lambda middle, spread: uniform(generator, n, middle - spread, middle + spread)[:, None]
+    along = lambda start, speed: (start + speed[:, None] * time).flatten()
+    angle, size = along(still(0, 0.05), left), along(still(-0.35, 0.04), growth).exp()
+    x, y = along(still(0, 0.04), right), along(still(0, 0.04), down)
+    frames = warp(pictures.repeat_interleave(FRAMES, 0), angle, size, torch.ones_like(x), x, y)
+    return frames.unflatten(0, (n, FRAMES))
 
 
 def backgrounds(upper, lower):
@@ -77,6 +102,11 @@ def caption(name, upper, lower):
     return f"{NAMES[name]} on {SHADES[upper]}{second}"
 
 
+def set_moving(prompt, motion):
+    """The prompt of a clip: that of a picture with a motion after the name."""
+    return prompt.replace(" on ", f" {motion} on ", 1)
+
+
 def shorten(prompt, draw):
     """The prompt, its name alone, or nothing, by a random number draw in 0..1."""
     if draw < 0.12:
@@ -84,14 +114,31 @@ def shorten(prompt, draw):
     return prompt.partition(" on ")[0] if draw < 0.18 else prompt
 
 
-def batch(emoji, count, generator):
-    """Random pictures [count,3,64,64] and their prompts."""
+def describe(count, generator):
+    """Random numbers of names, upper and lower colours, each [count]; 68 in 100 backgrounds are of one colour."""
     name = torch.randint(len(NAMES), (count,), generator=generator)
     upper = torch.randint(len(SHADES), (count,), generator=generator)
     other = torch.randint(len(SHADES), (count,), generator=generator)
-    lower = torch.where(torch.rand(count, generator=generator) < 0.6, upper, other)
+    return name, upper, torch.where(torch.rand(count, generator=generator) < 0.6, upper, other)
+
+
+def batch(emoji, count, generator):
+    """Random pictures [count,3,64,64] and their prompts."""
+    name, upper, lower = describe(count, generator)
     moved = move(emoji[name], generator)
     pictures = moved[:, :3] + (1 - moved[:, 3:]) * backgrounds(upper, lower)
     prompts = map(caption, name.tolist(), upper.tolist(), lower.tolist())
     draws = torch.rand(count, generator=generator).tolist()
     return pictures.clamp(0, 1), [shorten(p, d) for p, d in zip(prompts, draws)]
+
+
+def clips(emoji, count, generator):
+    """Random clips [count,FRAMES,3,64,64] and their prompts, e.g. "red apple moving left on blue"."""
+    name, upper, lower = describe(count, generator)
+    motion = torch.randint(len(MOTIONS), (count,), generator=generator)
+    frames = animate(emoji[name], motion, generator)
+    pictures = frames[:, :, :3] + (1 - frames[:, :, 3:]) * backgrounds(upper, lower)[:, None]
+    prompts = map(caption, name.tolist(), upper.tolist(), lower.tolist())
+    moving = [set_moving(p, list(MOTIONS)[m]) for p, m in zip(prompts, motion.tolist())]
+    draws = torch.rand(count, generator=generator).tolist()
+    return pictures.clamp(0, 1), [shorten(p, d) for p, d in zip(moving, draws)]
