@@ -9,8 +9,14 @@ reuse     dynamic feature reuse: attention outputs from the cache
 jump      whole evaluations forecast from earlier ones
 measured  forecasts whose terms have gains measured during the run
 gate      when skipping may begin, by what the forecasts were worth
+mixing    FRDiff: held scores, reused features, and the mix of both
+policy    what every evaluation does, as data and as a file
+calibration  what skipping costs, from full runs of the user's own model
+search    the best policy for every budget, by exact dynamic programming
+autofr    the same by gradient descent, FRDiff's Auto-FR
 settings  the methods of one run together
-memory    cached features, per branch and per site
+memory    cached features, per branch and per site, within a budget
+storage   in which dtype and on which device they are kept
 report    what a run did, as JSON, as a line and as text
 metrics   PSNR and SSIM
 """

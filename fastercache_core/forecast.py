@@ -63,26 +63,31 @@ class History:
         weights = forecast_weights(self.nodes, sigma, self.forecast)
         return numbers(weights, self.stack).expand(1, self.stack.shape[1], -1)
 
-    def at(self, sigma, onto=None, scale=None, bands=None):
+    def at(self, sigma, onto=None, scale=None, bands=None, values=()):
         """`onto` + `scale` * the forecast at `sigma`: a new tensor, by one product over all that is held.
 
         onto: [batch, ...], None for zero; scale: [batch, 1, ...], None for one; bands: floats, one
-        weight for each band, None for ones.
+        weight for each band, None for ones; values: floats, one weight for each of the newest values, in
+        place of the forecast's own.
         """
         nodes, count, batch, *shape = self.stack.shape
-        values = self.stack.reshape(nodes * count, batch, -1).transpose(0, 1)
-        weights = self.weights(sigma)
+        held = self.stack.reshape(nodes * count, batch, -1).transpose(0, 1)
+        weights = self._given(values) if values else self.weights(sigma)
         if bands is not None:
             weights = weights * numbers(bands, self.stack)[:, None]
         weights = weights.mT.reshape(-1, 1, nodes * count).expand(batch, -1, -1)
         if scale is not None:
             weights = weights * scale.to(weights.dtype).reshape(-1, 1, 1)
-        base = values.new_zeros(1, 1, 1) if onto is None else onto.to(values.dtype).reshape(batch, 1, -1)
-        return torch.baddbmm(base, weights, values).reshape(batch, *shape)
+        base = held.new_zeros(1, 1, 1) if onto is None else onto.to(held.dtype).reshape(batch, 1, -1)
+        return torch.baddbmm(base, weights, held).reshape(batch, *shape)
 
     def tensors(self):
         """Every tensor held."""
         return [] if self.stack is None else [self.stack]
+
+    def _given(self, values):
+        padded = [*values, *[0.0] * (len(self.nodes) - len(values))]
+        return numbers(padded, self.stack).expand(1, self.stack.shape[1], -1)
 
 
 def numbers(values, like):

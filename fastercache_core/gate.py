@@ -43,7 +43,7 @@ class ErrorEstimate:
 
     def __init__(self):
         self.pending = None
-        self.measured = (float("inf"), 1.0)
+        self.measured = float("inf")
 
     def observe(self, forecast, true, unit, nodes, sigma):
         """Compare a forecast with the truth.
@@ -57,13 +57,20 @@ class ErrorEstimate:
     def effect(self, nodes, evaluation):
         """Foreseen relative change of the latent when `evaluation` is forecast from `nodes`, a float.
 
+        Infinite before anything was observed.
+        """
+        return self.rate * evaluation.step * node_product(nodes, evaluation.sigma)
+
+    @property
+    def rate(self):
+        """Error of the latent's slope for one unit of the node polynomial, a float.
+
         Infinite before anything was observed. Reads one number from the device, at a moment when
         the host has waited for it anyway.
         """
         if self.pending is not None:
-            self.measured, self.pending = (float(self.pending[0]), self.pending[1]), None
-        error, product = self.measured
-        return error * evaluation.step * node_product(nodes, evaluation.sigma) / product
+            self.measured, self.pending = float(self.pending[0]) / self.pending[1], None
+        return self.measured
 
 
 def rms(x):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from .bands import split
 from .clock import Window
+from .correction import Correction
 from .gate import ErrorEstimate
 from .measured import make_history
 from .schedule import Interval, IntervalSchedule
@@ -77,6 +78,7 @@ class GuidanceCache:
         self.high_window = settings.high_window.sigmas(percent_to_sigma)
         self.weights = (1.0, 1.0)
         self.error = ErrorEstimate()
+        self.correction = Correction()
 
     def may_estimate(self, evaluation):
         """True when the schedule allows it and enough differences are known."""
@@ -99,13 +101,14 @@ class GuidanceCache:
         """Foreseen relative change of the latent when the difference is estimated at `evaluation`."""
         return self.error.effect(self.history.nodes, evaluation)
 
-    def estimate(self, evaluation, cond=None, scale=None):
+    def estimate(self, evaluation, cond=None, scale=None, values=()):
         """Estimated uncond at `evaluation`: `cond` + `scale` * the foreseen difference, a new tensor.
 
-        cond: [batch, ...], None for zero; scale: [batch, 1, ...], from output space to that of `cond`.
+        cond: [batch, ...], None for zero; scale: [batch, 1, ...], from output space to that of `cond`;
+        values: weights of the newest differences, in place of the forecast's own.
         """
         if self.settings.weights == "none":
-            return self.history.at(evaluation.sigma, cond, scale)
+            return self.history.at(evaluation.sigma, cond, scale, values=values)
         self.weights = self._next_weights(evaluation.sigma)
         return self.history.at(evaluation.sigma, cond, scale, self.weights)
 
@@ -116,6 +119,7 @@ class GuidanceCache:
     def reset(self):
         """Forget everything, so that the next evaluation is full."""
         self.history.clear()
+        self.correction.clear()
         self.schedule.reset()
 
     def _next_weights(self, sigma):

@@ -6,6 +6,7 @@ held score. The other branches follow from their differences to this one, see `g
 from dataclasses import dataclass, field
 
 from .bands import split
+from .correction import Correction
 from .gate import ErrorEstimate
 from .measured import make_history
 from .schedule import Interval, IntervalSchedule
@@ -28,6 +29,7 @@ class JumpCache:
         self.schedule = IntervalSchedule(settings.interval, percent_to_sigma)
         self.history = make_history(settings.forecast)
         self.error = ErrorEstimate()
+        self.correction = Correction()
         self.in_bands = settings.forecast == "measured"
 
     def may_jump(self, evaluation):
@@ -49,9 +51,12 @@ class JumpCache:
         """Foreseen relative change of the latent when the output is forecast at `evaluation`."""
         return self.error.effect(self.history.nodes, evaluation)
 
-    def cond(self, evaluation):
-        """Forecast of the conditional output at `evaluation`, a new tensor in output space."""
-        return self.history.at(evaluation.sigma)
+    def cond(self, evaluation, values=()):
+        """Forecast of the conditional output at `evaluation`, a new tensor in output space.
+
+        values: weights of the newest outputs, in place of the forecast's own.
+        """
+        return self.history.at(evaluation.sigma, values=values)
 
     def tensors(self):
         """Every tensor held."""
@@ -60,4 +65,5 @@ class JumpCache:
     def reset(self):
         """Forget everything, so that the next evaluation is computed."""
         self.history.clear()
+        self.correction.clear()
         self.schedule.reset()

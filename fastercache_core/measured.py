@@ -5,6 +5,7 @@ is computed, the terms that would have predicted it are fitted to it by least sq
 next forecasts use the gains of that fit. Everything stays on the device of the values.
 """
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -18,6 +19,7 @@ PRIOR = (1.0, 2 / 3)
 LEAN = 0.3        # weight of the prior in a fit, relative to the terms' own energy
 MEMORY = 0.5      # weight of earlier fits against the newest one
 LIMITS = (0.0, 1.25)
+TINY = 1e-6       # keeps a fit well posed where there is nothing but a straight line
 
 
 @dataclass
@@ -32,10 +34,10 @@ class Fit:
     def __add__(self, newer):
         return Fit(*(MEMORY * old + new for old, new in zip(vars(self).values(), vars(newer).values())))
 
-    def gains(self):
-        """Least-squares (1, g1, g2), pulled towards PRIOR and clamped: tensor [batch, bands, 3]."""
-        a11, a22 = self.a11 * (1 + LEAN), self.a22 * (1 + LEAN)
-        b1, b2 = self.b1 + LEAN * PRIOR[0] * self.a11, self.b2 + LEAN * PRIOR[1] * self.a22
+    def gains(self, prior=PRIOR, lean=LEAN):
+        """Least-squares (1, g1, g2), pulled towards `prior` and clamped: tensor [batch, bands, 3]."""
+        a11, a22 = self.a11 * (1 + lean), self.a22 * (1 + lean) + TINY * self.a11
+        b1, b2 = self.b1 + lean * prior[0] * self.a11, self.b2 + lean * prior[1] * self.a22
         determinant = (a11 * a22 - self.a12 ** 2).clamp_min(1e-30)
         g1 = (b1 * a22 - b2 * self.a12) / determinant
         g2 = (b2 * a11 - b1 * self.a12) / determinant
@@ -74,7 +76,7 @@ class MeasuredHistory(History):
     def _learn(self, sigma, bands):
         terms = numbers(term_weights(self.nodes, sigma), self.stack)
         _, first, second = torch.tensordot(terms, self.stack, 1).flatten(3)
-        fit = _fit((bands - self.stack[0]).flatten(2), first, second)
+        fit = fit_terms((bands - self.stack[0]).flatten(2), first, second)
         self.fit = fit if self.fit is None else self.fit + fit
         self.gains = self.fit.gains()  # once, not at every evaluation that is skipped
 
@@ -85,12 +87,13 @@ def make_history(name):
 
 
 def term_weights(nodes, sigma):
-    """Weights of three values (newest first) in hold, linear - hold and quadratic - linear at `sigma`."""
-    hold, linear, quadratic = [1.0, 0.0, 0.0], [*lagrange(nodes[:2], sigma), 0.0], lagrange(nodes, sigma)
-    return [hold, [b - a for a, b in zip(hold, linear)], [b - a for a, b in zip(linear, quadratic)]]
+    """Weights of the values at `nodes` (newest first) in hold, linear - hold, quadratic - linear ... at `sigma`."""
+    orders = [[*lagrange(nodes[:n], sigma), *[0.0] * (len(nodes) - n)] for n in range(1, len(nodes) + 1)]
+    return [orders[0], *([b - a for a, b in zip(lower, higher)] for lower, higher in pairwise(orders))]
 
 
-def _fit(change, first, second):
+def fit_terms(change, first, second):
+    """The Fit of what happened to what two terms foretold, all [bands, batch, numbers]."""
     dot = lambda a, b: (a * b).sum(-1)
     return Fit(dot(first, first), dot(first, second), dot(second, second),
                dot(change, first), dot(change, second))

@@ -1,41 +1,119 @@
-"""Cached features of one run, kept apart per branch and per site of the network."""
+"""Cached features of one run, kept apart per branch and per site of the network, within a budget."""
+from typing import NamedTuple
+
+from .storage import Storage
+
+
+class Output(NamedTuple):
+    """What a site gave at one evaluation: a tuple of Stored and None."""
+    ordinal: int
+    sigma: float
+    feature: tuple
 
 
 class FeatureMemory:
-    """The last two outputs of every site for every branch.
+    """The last outputs of every site for every branch, with the evaluation and sigma they were computed at.
 
-    A branch is the identity of a conditioning, never a position in the batch; a site is one
-    attention module. Tensors are copied in, so later in-place work of the host on its own
-    activations cannot reach the cache.
+    A branch is the identity of a conditioning, never a position in the batch; a site is one place of
+    the network: a tuple that begins with its kind. A feature is a tuple of tensors (None where the
+    network gives none). The first features that come are promised room for all that will be kept of
+    them; a site for which there is no room is not cached at all.
     """
 
-    def __init__(self):
-        self.features = {}
-        self.recorded = {}
+    def __init__(self, settings, depth, least=None):
+        """settings: StorageSettings; depth: how many outputs of a site are kept; least: how many are
+        recorded before it is ready, None for as many as are kept."""
+        self.storage = Storage(settings)
+        self.budget = settings.budget
+        self.depth, self.least = depth, least or depth
+        self.features, self.recorded, self.promised = {}, {}, {}
+        self.latest, self.following = {}, {}
 
-    def record(self, branch, ordinal):
-        """Note that `branch` is computed in full at evaluation `ordinal`, before its sites are."""
-        self.recorded[branch] = (ordinal, *self.recorded.get(branch, ())[:1])
+    def record(self, branch, kind, ordinal):
+        """Note that the sites of `kind` are computed for `branch` at evaluation `ordinal`, before they are."""
+        self.recorded[branch, kind] = (ordinal, *self.recorded.get((branch, kind), ())[:self.least - 1])
 
-    def store(self, branch, site, feature):
-        """Keep a copy of `feature` as the newest output of `site` for `branch`."""
-        older = self.features.get((branch, site), (None,))[0]
-        self.features[branch, site] = (feature.clone(), older)
+    def store(self, site, features, sigma):
+        """Keep copies of `features` ({branch: feature}) as the newest of `site`, as far as there is room."""
+        self._promise(site, features)
+        self._note_order(site)
+        for branch, feature in features.items():
+            if self.promised[branch, site] is None:
+                continue
+            kept = self.features.pop((branch, site), ())
+            self._drop(kept[self.depth - 1:])
+            kept = kept[:self.depth - 1]  # what is dropped makes room before the new one takes it
+            stored = tuple(t if t is None else self.storage.put(t) for t in feature)
+            ordinal = self.recorded[branch, site[0]][0]
+            self.features[branch, site] = (Output(ordinal, sigma, stored), *kept)
 
-    def ready(self, branch, since, depth):
-        """True when `branch` was recorded `depth` times, the last time at or after `since`."""
-        recorded = self.recorded.get(branch, ())
-        return len(recorded) >= depth and recorded[0] >= since
+    def ready(self, branch, kind, since):
+        """True when sites of `kind` were recorded often enough for `branch`, the last time at or after `since`."""
+        recorded = self.recorded.get((branch, kind), ())
+        if len(recorded) < self.least or recorded[0] < since:
+            return False
+        return any(b == branch and site[0] == kind and self.holds([b], site) for b, site in self.features)
 
-    def recall(self, branch, site):
-        """(newest, older) output of `site` for `branch`; older is None after one recording."""
-        return self.features[branch, site]
+    def holds(self, branches, site):
+        """True when `site` can be recalled for all of `branches`, as it was when its kind was last recorded."""
+        return all(self._current(branch, site) for branch in branches)
 
-    def forget(self):
-        """Drop everything."""
-        self.features.clear()
-        self.recorded.clear()
+    def has_past(self, branch, site):
+        """True when `site` has outputs enough for `branch`, however old."""
+        return len(self.features.get((branch, site), ())) == self.depth
+
+    def recall(self, branches, site):
+        """Outputs of `site` for each of `branches`, newest first: [[(sigma, feature)]], not to be written to."""
+        found = [[(output.sigma, tuple(t if t is None else self.storage.get(t) for t in output.feature))
+                  for output in self.features[branch, site]] for branch in branches]
+        following = self.following.get(site)
+        if following is not None and self.holds(branches, following):
+            for stored in self._stored(self.features[branch, following] for branch in branches):
+                self.storage.expect(stored)
+        return found
+
+    def plan(self):
+        """What was promised room: sites and bytes, of how many sites."""
+        kept = {site for (_, site), size in self.promised.items() if size is not None}
+        return {"sites": len(kept), "of": len({site for _, site in self.promised}), "bytes": self._promised_bytes()}
+
+    def forget(self, gone=lambda branch, kind: True):
+        """Drop everything, or what `gone` says of a branch and a kind of site."""
+        self.storage.settle()
+        self.recorded = {key: at for key, at in self.recorded.items() if not gone(*key)}
+        for held in (self.features, self.promised):
+            for branch, site in [key for key in held if gone(key[0], key[1][0])]:
+                del held[branch, site]
 
     def tensors(self):
         """Every tensor held."""
-        return [t for pair in self.features.values() for t in pair if t is not None]
+        return [t for stored in self._stored(self.features.values()) for t in stored.tensors()]
+
+    def _current(self, branch, site):
+        newest = self.recorded.get((branch, site[0]), (None,))[0]
+        return self.has_past(branch, site) and self.features[branch, site][0].ordinal == newest
+
+    def _promised_bytes(self):
+        return sum(size for size in self.promised.values() if size is not None)
+
+    def _promise(self, site, features):
+        """Promise room to what comes for the first time: to all of a batch or to none of it."""
+        sizes = {(branch, site): self.depth * sum(self.storage.nbytes(t) for t in feature if t is not None)
+                 for branch, feature in features.items() if (branch, site) not in self.promised}
+        fits = self.budget is None or self._promised_bytes() + sum(sizes.values()) <= self.budget
+        self.promised.update(sizes if fits else dict.fromkeys(sizes))
+
+    def _note_order(self, site):
+        if site not in self.following:
+            self.following[site] = None
+            if site[0] in self.latest:
+                self.following[self.latest[site[0]]] = site
+            self.latest[site[0]] = site
+
+    def _drop(self, outputs):
+        for stored in self._stored([outputs]):
+            self.storage.drop(stored)
+
+    @staticmethod
+    def _stored(kept):
+        return [stored for outputs in kept for output in outputs for stored in output.feature if stored is not None]

@@ -57,7 +57,7 @@ class RunReport:
 def action_of(record):
     """The one word for an evaluation: the action of the branch that skipped most."""
     actions = set(record.actions.values())
-    for action in ("JUMP", "ESTIMATE", "REUSE"):
+    for action in ("JUMP", "ESTIMATE", "MIX", "REUSE"):
         if action in actions:
             return "ESTIMATE+REUSE" if {"ESTIMATE", "REUSE"} <= actions else action
     return "FULL"

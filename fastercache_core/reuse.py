@@ -1,34 +1,56 @@
-"""Dynamic feature reuse: attention outputs of skipped evaluations from their last two values.
+"""Feature reuse: outputs of parts of the network, at skipped evaluations, from their last values.
 
-FasterCache (arXiv 2410.19355) eq. 5: F_{t-1} = F_t + (F_t - F_{t+2}) * w(t). What is cached is
-the attention output after its projection and before gate and residual, so the modulation of
-the current step still applies.
+FasterCache (arXiv 2410.19355) eq. 5: F_{t-1} = F_t + (F_t - F_{t+2}) * w(t). Which parts: attention
+outputs after their projection and before gate and residual, so that the modulation of the current
+step still applies (FasterCache; PAB, arXiv 2408.12588, with an interval for each kind of attention);
+what a run of blocks adds to its input (Delta-DiT, arXiv 2406.01125); the deep part of a UNet
+(DeepCache, CVPR 2024); ResBlock halves and transformer branches (FRDiff, arXiv 2312.03517).
 """
 from dataclasses import dataclass, field
 
 import torch
 
+from .forecast import numbers
+from .measured import fit_terms, term_weights
 from .memory import FeatureMemory
 from .schedule import Interval, IntervalSchedule
+from .storage import StorageSettings
 
-REUSE_WEIGHTS = ("constant", "linear", "hold")
+# How many outputs of a site each forecast needs.
+OUTPUTS = {"measured": 3, "constant": 2, "linear": 2, "hold": 1}
+REUSE_WEIGHTS = tuple(OUTPUTS)
+
+# Gains of "measured" before anything was measured, and what its fit leans to, relative to the terms' own
+# energy. Below 1, the first gain makes every forecast lag behind, and such errors add up over a run:
+# a least-squares fit alone would choose it so.
+PRIOR, LEAN = (1.0, 1 / 3), 1.0
+# No further beyond the newest output than this many times its distance from the one before.
+REACH = 2.0
+# Gains are fitted to about so many numbers of a feature.
+SAMPLE = 2 ** 18
+# A branch that was not computed for so many intervals has a past too old to continue.
+PATIENCE = 2
 
 
 @dataclass(frozen=True)
 class ReuseSettings:
-    """How attention outputs are reused.
+    """Which features are reused, how often they are computed, and how they are carried forward.
 
-    weight: "linear" = the paper's w(t), 0 at the first reuse and `w` at the end of sampling;
-        "constant" = `w` throughout; "hold" = the newest output as it is.
+    intervals: {kind of site: Interval}, see `nodes.host.families.KINDS`.
+    weight: "measured" = along the polynomials in sigma through the last two and three outputs, by gains
+        that are fitted for each picture to what really happened; "linear" = the paper's
+        w(t), 0 at the first reuse and `w` at the end of sampling; "constant" = `w` throughout; "hold" =
+        the newest output as it is.
     w: with one evaluation in two computed, 0.5 continues the last change at its own speed.
     """
-    interval: Interval = field(default_factory=Interval)
-    weight: str = "constant"
+    intervals: dict = field(default_factory=lambda: {"self": Interval()})
+    weight: str = "measured"
     w: float = 0.5
+    storage: StorageSettings = StorageSettings()
 
 
 def reuse_weight(settings, progress, started_at):
-    """w(t) at `progress` (0 to 1) for a run whose first reuse was at `started_at`."""
+    """w(t) of "hold", "constant" and "linear" at `progress` (0 to 1) when the first reuse was at `started_at`."""
     if settings.weight == "hold":
         return 0.0
     if settings.weight == "constant":
@@ -37,56 +59,118 @@ def reuse_weight(settings, progress, started_at):
 
 
 def extrapolate(newest, older, w):
-    """Eq. 5: newest + (newest - older) * w, a new tensor of the same shape and dtype."""
+    """Eq. 5: newest + (newest - older) * w, a new tensor of the same shape and dtype.
+
+    w: float, or a tensor of one number.
+    """
     return torch.lerp(older, newest, 1.0 + w)
 
 
+def blend(past, weights, axis):
+    """Outputs `past` (newest first) times their `weights`, a new tensor.
+
+    weights: [pictures or 1, outputs], each row with sum 1; `axis` of an output counts the pictures. Only
+    differences of outputs are multiplied, so that small dtypes cost no precision.
+    """
+    shape = [-1 if i == axis else 1 for i in range(past[0].dim())]
+    result = past[0].clone() if len(past) == 1 else past[0]
+    for i, (newer, older) in enumerate(zip(past, past[1:]), 1):
+        share = -weights[:, i:].sum(1).to(newer.dtype)
+        result = torch.addcmul(result, newer - older, share.reshape(shape))
+    return result
+
+
+def reachable(sigmas, sigma):
+    """Places of the outputs, computed at `sigmas` (newest first), that a polynomial to `sigma` may pass through.
+
+    Samplers with several evaluations a step visit sigmas twice, or two that lie very close together.
+    """
+    kept, way = [0], abs(sigma - sigmas[0])
+    for i, older in enumerate(sigmas[1:], 1):
+        if abs(sigmas[kept[-1]] - older) * REACH >= max(way, 1e-6 * abs(older)):
+            kept.append(i)
+    return kept
+
+
+def sample(x, axis):
+    """About SAMPLE numbers of `x`, spread evenly over those of each picture, in float32: [1, pictures, numbers]."""
+    return x.movedim(axis, 0).flatten(1)[None, :, ::x.numel() // SAMPLE | 1].float()
+
+
 class ReuseCache:
-    """Dynamic feature reuse during one run."""
+    """Feature reuse during one run."""
 
     def __init__(self, settings, percent_to_sigma):
         self.settings = settings
-        self.schedule = IntervalSchedule(settings.interval, percent_to_sigma)
-        self.memory = FeatureMemory()
-        self.depth = 1 if settings.weight == "hold" else 2
+        self.schedules = {kind: IntervalSchedule(interval, percent_to_sigma)
+                          for kind, interval in settings.intervals.items()}
+        outputs = OUTPUTS[settings.weight]
+        self.memory = FeatureMemory(settings.storage, outputs, outputs + (settings.weight == "measured"))
+        self.fits = {}
         self.started_at = None
-        self.wanted = False
-        self.w = 0.0
+        self.evaluation = None
+        self.due = set()
 
-    def begin(self, evaluation):
-        """Decide once per evaluation whether reuse is wanted, and with which w(t)."""
-        self.wanted = self.schedule.may_skip(evaluation)
-        if self.wanted and self.started_at is None:
+    def begin(self, evaluation, wanted=None):
+        """Decide once per evaluation which kinds of sites may be skipped: by `wanted`, None for the intervals."""
+        self.evaluation = evaluation
+        self._forget_useless()
+        self.due = {kind for kind, schedule in self.schedules.items()
+                    if (schedule.may_skip(evaluation) if wanted is None else wanted)}
+        if self.due and self.started_at is None:
             self.started_at = evaluation.progress
-        if self.wanted:
-            self.w = reuse_weight(self.settings, evaluation.progress, self.started_at)
 
-    def may_reuse(self, evaluation, branches):
-        """True when reuse is wanted and every branch was recorded recently enough.
+    def reusable(self, branches):
+        """Kinds that are due and were recorded recently enough for every branch.
 
         A branch that was skipped for longer than the interval has stale features: it is
         computed in full first.
         """
-        since = evaluation.ordinal - self.settings.interval.every + 1
-        return self.wanted and all(self.memory.ready(b, since, self.depth) for b in branches)
+        return {kind for kind in self.due if all(self._fresh(kind, branch) for branch in branches)}
 
-    def begin_record(self, evaluation, branches):
-        """Note that `evaluation` computes and stores every site for `branches` (None: skip)."""
-        for branch in branches:
-            if branch is not None:
-                self.memory.record(branch, evaluation.ordinal)
-        self.schedule.computed(evaluation)
+    def worth_storing(self):
+        """Kinds of sites that may be reused after this evaluation: their outputs are worth storing."""
+        if self.evaluation.is_last:
+            return set()
+        return {kind for kind, schedule in self.schedules.items() if schedule.low < self.evaluation.sigma}
 
-    def store(self, site, branches, output):
-        """Store `output` [branches * batch, ...] of `site`, one equal slice per branch (None: skip)."""
-        for branch, part in zip(branches, output.chunk(len(branches))):
-            if branch is not None:
-                self.memory.store(branch, site, part)
+    def begin_record(self, branches, kinds):
+        """Note that this evaluation computes the sites of `kinds` for `branches` (None: not stored)."""
+        for kind in kinds:
+            for branch in branches:
+                if branch is not None:
+                    self.memory.record(branch, kind, self.evaluation.ordinal)
+            self.schedules[kind].computed(self.evaluation)
 
-    def recall(self, site, branches):
-        """Output of `site` from the cache, [branches * batch, ...] in the order of `branches`."""
-        parts = [self._recall(branch, site) for branch in branches]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def store(self, site, branches, feature, axis=0):
+        """Store a `feature` (tuple of tensors or None) of `site`, one equal slice of `axis` for each branch.
+
+        A feature that cannot be cut so is not stored.
+        """
+        if any(t is not None and t.shape[axis] % len(branches) for t in feature):
+            return
+        parts = [t if t is None else t.chunk(len(branches), axis) for t in feature]
+        own = {branch: tuple(t if t is None else t[i] for t in parts)
+               for i, branch in enumerate(branches) if branch is not None}
+        for branch, part in own.items():
+            self._learn(branch, site, part, axis)
+        self.memory.store(site, own, self.evaluation.sigma)
+
+    def holds(self, site, branches):
+        """True when `site` can be recalled for every one of `branches`."""
+        return self.memory.holds(branches, site)
+
+    def recall(self, site, branches, axis=0):
+        """Feature of `site` from the cache, batched along `axis` in the order of `branches`: new tensors."""
+        kept = self.memory.recall(branches, site)
+        parts = [self._forecast(branch, site, outputs, axis) for branch, outputs in zip(branches, kept)]
+        if len(parts) == 1:
+            return parts[0]
+        return tuple(None if values[0] is None else torch.cat(values, axis) for values in zip(*parts))
+
+    def forget(self, branch):
+        """Forget one branch, so that it is computed next."""
+        self._forget(lambda b, kind: b == branch)
 
     def tensors(self):
         """Every tensor held."""
@@ -94,11 +178,63 @@ class ReuseCache:
 
     def reset(self):
         """Forget everything, so that the next evaluation is computed."""
-        self.memory.forget()
-        self.schedule.reset()
+        self._forget(lambda branch, kind: True)
+        for schedule in self.schedules.values():
+            schedule.reset()
 
-    def _recall(self, branch, site):
-        newest, older = self.memory.recall(branch, site)
-        if self.w == 0.0 or older is None:
-            return newest.clone()
-        return extrapolate(newest, older, self.w)
+    def _fresh(self, kind, branch):
+        return self.memory.ready(branch, kind, self.evaluation.ordinal - self.schedules[kind].every + 1)
+
+    def _forget_useless(self):
+        """Forget what has had its time: kinds past their window, and branches that have not come back.
+
+        Such as the windows of a long video, where these move on.
+        """
+        at, alive, recorded = self.evaluation.ordinal, self.worth_storing(), self.memory.recorded
+        old = {(branch, kind) for (branch, kind), (newest, *_) in recorded.items()
+               if kind not in alive or at - newest > PATIENCE * self.schedules[kind].every}
+        if old:
+            self._forget(lambda branch, kind: (branch, kind) in old)
+
+    def _forget(self, gone):
+        self.memory.forget(gone)
+        self.fits = {(branch, site, i): fit for (branch, site, i), fit in self.fits.items()
+                     if not gone(branch, site[0])}
+
+    def _learn(self, branch, site, feature, axis):
+        """Compare a feature that was computed with what its last outputs foretold."""
+        if self.settings.weight != "measured" or not self.memory.has_past(branch, site):
+            return
+        [outputs] = self.memory.recall([branch], site)
+        sigmas, kept = zip(*outputs)
+        if len(reachable(sigmas, self.evaluation.sigma)) < len(sigmas):
+            return
+        terms = term_weights(sigmas, self.evaluation.sigma)
+        for i, (value, *past) in enumerate(zip(feature, *kept)):
+            if value is not None:
+                past = torch.stack([sample(t, axis) for t in past])
+                _, first, second = torch.tensordot(numbers(terms, past), past, 1)
+                fit, older = fit_terms(sample(value, axis) - past[0], first, second), self.fits.get((branch, site, i))
+                self.fits[branch, site, i] = fit if older is None else older + fit
+
+    def _forecast(self, branch, site, outputs, axis):
+        """The feature of a branch at this evaluation, from its last `outputs`: new tensors."""
+        sigmas, kept = zip(*outputs)
+        if self.settings.weight == "measured":
+            places = reachable(sigmas, self.evaluation.sigma)
+            nodes, kept = [sigmas[i] for i in places], [kept[i] for i in places]
+            weights = [a if a is None else self._weights((branch, site, i), nodes, a) for i, a in enumerate(kept[0])]
+            return tuple(None if w is None else blend(past, w, axis) for w, *past in zip(weights, *kept))
+        if len(kept) == 1 or sigmas[0] == sigmas[1]:
+            return tuple(None if a is None else a.clone() for a in kept[0])
+        w = reuse_weight(self.settings, self.evaluation.progress, self.started_at)
+        return tuple(None if a is None else extrapolate(a, b, w) for a, b in zip(*kept))
+
+    def _weights(self, key, nodes, like):
+        """Weight of every output in the measured forecast: tensor [pictures or 1, nodes]."""
+        terms = term_weights(nodes, self.evaluation.sigma)
+        if key in self.fits:
+            gains = self.fits[key].gains(PRIOR, LEAN)[:, 0]
+        else:
+            gains = torch.tensor([[1.0, *PRIOR]]).to(like.device)
+        return gains[:, :len(nodes)] @ numbers(terms, gains)

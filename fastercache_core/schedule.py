@@ -8,7 +8,8 @@ from .clock import Window
 class Action(str, Enum):
     """What runs for one branch of one evaluation."""
     FULL = "FULL"          # the whole network; caches are refreshed
-    REUSE = "REUSE"        # the network with attention outputs from the cache
+    REUSE = "REUSE"        # the network with features from the cache
+    MIX = "MIX"            # REUSE blended with what JUMP would give
     ESTIMATE = "ESTIMATE"  # nothing: computed from another branch of the same evaluation
     JUMP = "JUMP"          # nothing: forecast from earlier evaluations
 

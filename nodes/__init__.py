@@ -1,13 +1,16 @@
 """The nodes of the pack: one file per node family, host knowledge under `host`."""
 from comfy_api.latest import ComfyExtension
 
+from .auto_fr import FasterCacheAutoFR
 from .cfg_cache import FasterCacheCFG, FasterCacheGuider
 from .compare import FasterCacheCompare
 from .fastercache import FasterCache, FasterCacheKSampler
+from .frdiff import FasterCacheFRDiff
+from .policy import FasterCachePolicyLoad, FasterCachePolicySave
 from .report import FasterCacheReport
 
-NODES = [FasterCache, FasterCacheCFG, FasterCacheGuider, FasterCacheKSampler,
-         FasterCacheReport, FasterCacheCompare]
+NODES = [FasterCache, FasterCacheCFG, FasterCacheGuider, FasterCacheKSampler, FasterCacheFRDiff,
+         FasterCacheAutoFR, FasterCachePolicySave, FasterCachePolicyLoad, FasterCacheReport, FasterCacheCompare]
 
 
 class FasterCacheExtension(ComfyExtension):

@@ -7,7 +7,7 @@ from ..fastercache_core.measured import FORECAST_NAMES
 from ..fastercache_core.schedule import Interval
 from ..fastercache_core.settings import CacheSettings
 from .host.attach import attach
-from .schema import advanced, choice, gate, schema, tolerance_input, window, window_inputs
+from .schema import advanced, choice, gate, name_of, schema, tolerance_input, window, window_inputs
 
 
 def guidance_inputs():
@@ -45,9 +45,9 @@ def guidance_inputs():
 def with_cfg_cache(node, model, interval, tolerance, forecast, weights, start_percent, end_percent, radius,
                    bands, alpha_low, alpha_high, switch_percent):
     """`model` with CFG-Cache as the inputs of `node` (a class) say. Raises ValueError on what is not allowed."""
-    span = window(node.__name__, start_percent, end_percent)
-    choice(node.__name__, "forecast", forecast, FORECAST_NAMES)
-    choice(node.__name__, "weights", weights, WEIGHTS)
+    span = window(name_of(node), start_percent, end_percent)
+    choice(name_of(node), "forecast", forecast, FORECAST_NAMES)
+    choice(name_of(node), "weights", weights, WEIGHTS)
     guidance = GuidanceSettings(Interval(interval, span), forecast, weights, radius, bands,
                                 alpha_low, alpha_high, switch_percent)
     label = f"CFG-Cache 1 in {interval}, {forecast}, weights {weights}"

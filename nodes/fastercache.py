@@ -1,87 +1,73 @@
 """The nodes most people need: FasterCache on a MODEL, FasterCacheKSampler as a sampler."""
 from dataclasses import replace
+from functools import partial
 
 import comfy.samplers
 from comfy_api.latest import io
 from nodes import common_ksampler
 
+from ..fastercache_core.auto import AutoSettings
 from ..fastercache_core.clock import Window
-from ..fastercache_core.gate import GateSettings
 from ..fastercache_core.guidance import GuidanceSettings
 from ..fastercache_core.jump import JumpSettings
 from ..fastercache_core.report import full_text
-from ..fastercache_core.reuse import REUSE_WEIGHTS, ReuseSettings
+from ..fastercache_core.reuse import ReuseSettings
 from ..fastercache_core.schedule import Interval
 from ..fastercache_core.settings import CacheSettings
+from .features import feature_inputs, feature_settings
 from .host.attach import attach, last_report
-from .schema import advanced, choice, schema, window, window_inputs
+from .schema import advanced, choice, name_of, schema, window, window_inputs
 
 
-def exact_looking(span):
-    """The unconditional pass estimated at every second step."""
-    return CacheSettings("exact-looking", GuidanceSettings(Interval(2, span)), gate=GateSettings())
+# How close to full sampling the automatic presets stay, in dB PSNR: nine of ten pictures or more.
+CLOSENESS = {"exact-looking": 50.0, "balanced": 42.0, "fast": 30.0}
 
 
-def balanced(span):
-    """Every second step forecast from the ones before."""
-    return CacheSettings("balanced", GuidanceSettings(Interval(2, span)),
-                         jump=JumpSettings(Interval(2, span)), gate=GateSettings())
-
-
-def fast(span):
-    """Two of three steps forecast."""
-    return CacheSettings("fast", GuidanceSettings(Interval(2, span)),
-                         jump=JumpSettings(Interval(3, span)), gate=GateSettings())
+def automatic(label, closeness, span):
+    """Steps forecast from the ones before, as many as `closeness` (dB) allows."""
+    return CacheSettings(label, GuidanceSettings(), jump=JumpSettings(), auto=AutoSettings(closeness, span))
 
 
 def paper(span):
     """FasterCache as published: attention reuse at every second step, CFG-Cache at four of five."""
     late = Window(max(span.start, 1 / 3), span.end)
     return CacheSettings("paper", GuidanceSettings(Interval(5, late), "hold", "paper"),
-                         ReuseSettings(Interval(2, span), "linear", 1.0))
+                         ReuseSettings({"self": Interval(2, span)}, "linear", 1.0))
 
 
 def nothing(span):
-    """No step and no pass skipped; for attention reuse alone."""
+    """No step and no pass skipped; for feature reuse alone."""
     return CacheSettings("none")
 
 
-PRESETS = {"exact-looking": exact_looking, "balanced": balanced, "fast": fast, "paper": paper, "none": nothing}
-ATTENTION = ("as preset", "off", *REUSE_WEIGHTS)
+PRESETS = {**{label: partial(automatic, label, closeness) for label, closeness in CLOSENESS.items()},
+           "paper": paper, "none": nothing}
 
 
 def preset_inputs():
     """The inputs that choose a preset and where it may skip."""
     return [
         io.Combo.Input("preset", options=list(PRESETS), default="balanced",
-                       tooltip="exact-looking = only the negative pass is skipped, at every second "
-                               "step; balanced = every second step, about half the work; fast = two of "
-                               "three steps, visible changes possible; paper = FasterCache as published; "
-                               "none = only what attention_reuse says."),
+                       tooltip="How close the picture stays to full sampling: exact-looking = about 50 dB PSNR, no "
+                               "difference to be seen; balanced = about 42 dB; fast = as fast as is still "
+                               "better than fewer steps; paper = FasterCache as published; none = only what "
+                               "feature_reuse says."),
+        advanced(io.Float.Input("closeness", default=0.0, min=0.0, max=80.0, step=1.0,
+                                tooltip="How close the picture stays to full sampling, in dB PSNR: higher is "
+                                        "closer and slower. 0 = as the preset says. Not used by paper and none.")),
         *window_inputs(),
-        advanced(io.Combo.Input("attention_reuse", options=list(ATTENTION), default="as preset",
-                                tooltip="Attention outputs from the cache at every second step: hold = the last "
-                                        "ones, constant = continued at half their last change, linear = the "
-                                        "paper's growing weight. Saves part of a pass and costs memory; needs "
-                                        "20 steps or more.")),
+        *feature_inputs(),
     ]
 
 
-def with_preset(node, model, preset, start_percent, end_percent, attention_reuse):
+def with_preset(node, model, preset, closeness, start_percent, end_percent, **features):
     """`model` cached as the inputs of `node` (a class) say. Raises ValueError on what is not allowed."""
-    span = window(node.__name__, start_percent, end_percent)
-    choice(node.__name__, "attention_reuse", attention_reuse, ATTENTION)
-    settings = PRESETS[choice(node.__name__, "preset", preset, PRESETS)](span)
-    if attention_reuse != "as preset":
-        settings = replace(settings, reuse=attention_settings(attention_reuse, span))
-    return attach(model, settings, node.hidden.unique_id)
-
-
-def attention_settings(weight, span):
-    """How attention is reused at every second step, None for "off"."""
-    if weight == "off":
-        return None
-    return ReuseSettings(Interval(2, span), weight, w=1.0 if weight == "linear" else 0.5)
+    span = window(name_of(node), start_percent, end_percent)
+    settings = PRESETS[choice(name_of(node), "preset", preset, PRESETS)](span)
+    if closeness and settings.auto:
+        settings = automatic(f"{closeness:g} dB", closeness, span)
+    reuse = feature_settings(name_of(node), settings.reuse, span, **features)
+    return attach(model, replace(settings, reuse=reuse), node.hidden.unique_id)
 
 
 class FasterCache(io.ComfyNode):

@@ -10,7 +10,7 @@ from ..fastercache_core.report import full_text, short_line
 from .host.attach import last_report
 from .schema import schema
 
-COLOURS = {"FULL": "#d9534f", "REUSE": "#f0ad4e", "ESTIMATE": "#5bc0de", "JUMP": "#5cb85c"}
+COLOURS = {"FULL": "#d9534f", "REUSE": "#f0ad4e", "MIX": "#f7e49a", "ESTIMATE": "#5bc0de", "JUMP": "#5cb85c"}
 INK, PAPER, GRID = "#222222", "#ffffff", "#dddddd"
 WIDTH, MARGIN, ROW = 960, 90, 34
 

@@ -23,6 +23,11 @@ def schema(**fields):
     return io.Schema(category=CATEGORY, not_idempotent=told, **fields)
 
 
+def name_of(node):
+    """The id of a node class; the host runs a clone of it, with another name."""
+    return node.define_schema().node_id
+
+
 def advanced(widget):
     """The same input, folded away under "advanced" by pages that know the word."""
     widget.extra_dict = {**(widget.extra_dict or {}), "advanced": True}

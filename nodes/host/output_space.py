@@ -35,6 +35,29 @@ class OutputSpace:
         """
         return self.scale.flatten().abs() / (self.sigma * rms(denoised)).clamp_min(1e-9)
 
+    def weight(self, evaluation):
+        """How far an Euler step from `evaluation` moves the latent for one unit of output, [batch, 1, ...]."""
+        return self.scale * (evaluation.step / evaluation.sigma)
+
+    def add(self, denoised, output):
+        """A denoised latent moved by a difference in output space."""
+        return torch.addcmul(denoised, self.scale.to(denoised.dtype), output.to(denoised.dtype))
+
     def difference(self, denoised, reference):
         """Difference of two denoised latents of one evaluation, in output space."""
         return (denoised - reference) / self.scale
+
+
+class SlopeSpace(OutputSpace):
+    """The slope (x - denoised) / sigma in place of the network's output.
+
+    What stays what it is along a first-order deterministic step, for every prediction type: the noise
+    for diffusion models, the velocity for flow models. FRDiff's held score is this (a network's own
+    output turns with sigma where it predicts v).
+    """
+
+    def __init__(self, model_sampling, sigma, x):
+        """sigma: [batch]; x: [batch, ...], the sampler's latent."""
+        self.sigma = sigma
+        self.scale = -sigma.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+        self._denoised = lambda output: x + self.scale * output

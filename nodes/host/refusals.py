@@ -1,5 +1,5 @@
 """What cannot work with what, decided before sampling starts: every refusal has its reason."""
-from .attention import find_family
+from .families import available, find_family
 from .samplers import sampler_facts, sampler_name
 
 METHODS = ("jump", "guidance", "reuse")
@@ -11,8 +11,9 @@ def refusals(settings, guider, sampler):
     reason = _everything(guider, sampler)
     if reason:
         return dict.fromkeys(wanted, reason)
-    checks = {"jump": _jump(guider, sampler), "reuse": _reuse(guider)}
-    return {name: checks[name] for name in wanted if checks.get(name)}
+    checks = {"jump": lambda: _jump(guider, sampler), "reuse": lambda: _reuse(settings, guider)}
+    found = {name: checks[name]() for name in wanted if name in checks}
+    return {name: reason for name, reason in found.items() if reason}
 
 
 def _everything(guider, sampler):
@@ -45,9 +46,12 @@ def _jump(guider, sampler):
     return None
 
 
-def _reuse(guider):
+def _reuse(settings, guider):
     network = guider.model_patcher.model.diffusion_model
-    network = getattr(network, "_orig_mod", network)
-    if find_family(network) is None:
-        return f"feature reuse does not know {type(network).__name__} yet: its attention always runs"
+    name = type(getattr(network, "_orig_mod", network)).__name__
+    family = find_family(getattr(network, "_orig_mod", network))
+    if family is None:
+        return f"feature reuse does not know {name} yet: all of it always runs"
+    if not available(family, settings.reuse.intervals)[0]:
+        return f"{name} has no {' or '.join(settings.reuse.intervals)} features to reuse: all of it always runs"
     return None

@@ -7,18 +7,19 @@ import time
 from dataclasses import replace
 
 from ...fastercache_core.clock import Clock
+from ...fastercache_core.mixing import MixSettings
 from ...fastercache_core.report import EvaluationRecord, RunReport
-from ...fastercache_core.reuse import ReuseCache
 from ...fastercache_core.schedule import Action
-from .attention import AttentionSwap, find_family, skip_empty_attention
 from .branches import branch_keys, branch_name, reference_branch, window_of
-from .output_space import OutputSpace
+from .features import Features
+from .output_space import OutputSpace, SlopeSpace
+from .plans import REUSING, make_plan
 from .refusals import refusals
 from .samplers import sampler_facts, sampler_name
 from .scope import Scope
 
 # From the most to the least that runs.
-ACTIONS = [Action.FULL, Action.REUSE, Action.ESTIMATE, Action.JUMP]
+ACTIONS = [Action.FULL, Action.MIX, Action.REUSE, Action.ESTIMATE, Action.JUMP]
 # A context window that has not come back for this many evaluations is forgotten.
 SCOPE_LIFE = 8
 
@@ -36,14 +37,18 @@ class CacheRun:
         if not any((settings.guidance, settings.reuse, settings.jump)):
             self.report.note("every method is switched off: nothing is skipped")
         self.model_sampling = guider.model_patcher.get_model_object("model_sampling")
-        reuse = self.settings.reuse
-        self.reuse = ReuseCache(reuse, self.model_sampling.percent_to_sigma) if reuse else None
+        self.plan, self.planned = make_plan(self.settings, self.guider, sampler, sigmas.tolist()), None
+        for note in self.plan.notes if self.plan else ():
+            self.report.note(note)
+        self.features = self._features()
+        self.space = SlopeSpace if isinstance(self.settings.plan, MixSettings) else OutputSpace
         self.clock = Clock(sigmas.tolist())
         facts = sampler_facts(sampler)
         self.walks_grid = facts is not None and facts.calls == 1 and not facts.noise
+        self.correctable = facts is not None and facts.euler
         self.started = self.evaluation_started = time.perf_counter()
         self.scopes, self.passes = {}, {}
-        self.evaluation = self.record = self.swap = self.reference = None
+        self.evaluation = self.record = self.reference = None
         self.reused, self.full_rows, self.guided, self.alone = set(), 0, False, False
 
     def begin(self, timestep):
@@ -54,8 +59,9 @@ class CacheRun:
         self.record = EvaluationRecord(self.evaluation.ordinal, sigma, {})
         self.report.evaluations.append(self.record)
         self.passes = {}
-        if self.reuse:
-            self.reuse.begin(self.evaluation)
+        self.planned = self.plan.at(self.evaluation) if self.plan else None
+        if self.features:
+            self.features.begin(self.evaluation, self.planned and self.planned.action in REUSING)
 
     def first_pass(self, model_options):
         """True for the pass that guidance itself asks for, False for what other nodes add to it.
@@ -78,13 +84,13 @@ class CacheRun:
             return run_branches(conds)
         self.reference, self.reused = reference, set()
         scope = self._scope(window_of(model_options["transformer_options"]))
-        space = OutputSpace(self.model_sampling, timestep, x)
+        space = self.space(self.model_sampling, timestep, x)
 
         def run_chosen(chosen):
             self.alone = not any(c for i, c in enumerate(chosen) if i != reference)
-            return run_branches(chosen)
+            return run_branches(chosen), bool(self.reused)
 
-        outputs, actions = scope.evaluate(self.evaluation, run_chosen, conds, reference, x, space)
+        outputs, actions = scope.evaluate(self.evaluation, run_chosen, conds, reference, x, space, self.planned)
         self.guided |= len(actions) > 1
         for i, action in actions.items():
             reused = action == Action.FULL and i in self.reused
@@ -92,35 +98,33 @@ class CacheRun:
         return outputs
 
     def apply_model(self, executor, args, kwargs):
-        """Run the network once for one batch of chunks, with attention outputs from the cache if due.
+        """Run the network once for one batch of chunks, with features from the cache if due.
 
         args: x, t, c_concat, c_crossattn, control, transformer_options.
         """
         self.record.rows += args[0].shape[0]
         window = window_of(args[5])
-        if self.reuse is None or self.passes.get(window) != 1:
+        if self.features is None or self.passes.get(window) != 1:
             return executor(*args, **kwargs)
-        swap = self._attention(executor.class_obj.diffusion_model)
         branches = branch_keys(args[5], window, args[0].shape)
-        # A difference is only worth keeping between branches computed alike, however the host batches them.
-        alike = self.alone or not self.settings.guidance
-        if alike and self.reuse.may_reuse(self.evaluation, branches):
+        # A difference is only worth keeping between branches computed alike, however the host batches them;
+        # features of a branch that is mostly estimated would go stale before they are of use.
+        together = self.plan or not self.settings.guidance
+        alike = self.alone or together
+        kept = [b if b[1] == self.reference or together else None for b in branches]
+        output, reused = self.features.run(executor, args, kwargs, branches, kept, alike)
+        if reused:
             self.reused.update(branch[1] for branch in branches)
-            args = (*args[:5], skip_empty_attention(args[5]), *args[6:])
-            with swap.reusing(branches):
-                return executor(*args, **kwargs)
-        # Features of a branch that is mostly estimated would go stale before they are of use.
-        kept = [b if b[1] == self.reference or not self.settings.guidance else None for b in branches]
-        self.reuse.begin_record(self.evaluation, kept)
-        with swap.recording(kept):
-            return executor(*args, **kwargs)
+        return output
 
     def close(self):
         """End the run: drop every tensor, finish the report."""
         self._close_evaluation()
+        if self.features:
+            self._close_features()
         self._explain()
         self.report.seconds = time.perf_counter() - self.started
-        self.scopes, self.reuse, self.swap, self.guider = {}, None, None, None
+        self.scopes, self.features, self.guider = {}, None, None
 
     def _sigma(self, timestep):
         """The sigma as a float, without waiting for the device where the sampler's next one is known."""
@@ -138,7 +142,7 @@ class CacheRun:
         able = chosen.jump or chosen.reuse or (chosen.guidance and self.guided)
         if able and not self._skipped():
             self.report.note("the forecasts of this run were not good enough to skip anything: "
-                             "too few steps, or too much change between them" if chosen.gate else
+                             "too few steps, or too much change between them" if chosen.gate or chosen.auto else
                              "nothing was skipped: the interval, the window or the few steps left nothing to skip")
 
     def _skipped(self):
@@ -150,14 +154,23 @@ class CacheRun:
             del self.scopes[key]
         if window not in self.scopes:
             percent_to_sigma = self.model_sampling.percent_to_sigma
-            self.scopes[window] = Scope(self.settings, percent_to_sigma, guidance_scale(self.guider))
+            self.scopes[window] = Scope(self.settings, percent_to_sigma, guidance_scale(self.guider),
+                                        self.correctable)
         return self.scopes[window]
 
-    def _attention(self, diffusion_model):
-        network = getattr(diffusion_model, "_orig_mod", diffusion_model)
-        if self.swap is None:
-            self.swap = AttentionSwap(network, find_family(network), self.reuse)
-        return self.swap
+    def _features(self):
+        """What reuses features in this run, None when nothing does."""
+        if self.settings.reuse is None or (self.plan and not self.plan.reuses):
+            return None
+        return Features(self.settings.reuse, self.guider.model_patcher, self.model_sampling.percent_to_sigma)
+
+    def _close_features(self):
+        """Hand the memory back, and tell what was kept in it."""
+        plan = self.report.run["features"] = self.features.close()
+        for reason in self.features.notes:
+            self.report.note(reason)
+        if not plan["sites"]:
+            self.settings = replace(self.settings, reuse=None)
 
     def _note_action(self, name, action):
         # Windows of one evaluation may differ; the one that ran most is told.
@@ -169,10 +182,10 @@ class CacheRun:
         now = time.perf_counter()
         if self.record is not None:
             self.record.seconds = now - self.evaluation_started
-            if set(self.record.actions.values()) <= {Action.FULL.value, Action.REUSE.value}:
+            if set(self.record.actions.values()) <= {Action.FULL.value, Action.REUSE.value, Action.MIX.value}:
                 self.full_rows = self.record.rows
             self.record.rows_full = max(self.full_rows, self.record.rows)
-            self.report.note_memory([*self.scopes.values(), *([self.reuse] if self.reuse else [])])
+            self.report.note_memory([*self.scopes.values(), *([self.features] if self.features else [])])
         self.record = None
         self.evaluation_started = now
 

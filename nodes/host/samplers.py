@@ -4,14 +4,16 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class SamplerFacts:
-    """calls: network calls a step; noise: fresh noise is added on the way; order: of the solver."""
+    """calls: network calls a step; noise: fresh noise is added on the way; order: of the solver; euler:
+    a step is (x - denoised) / sigma times the step in sigma, nothing else."""
     calls: int = 1
     noise: bool = False
     order: int = 1
+    euler: bool = False
 
 
 SAMPLERS = {
-    "sample_euler": SamplerFacts(),
+    "sample_euler": SamplerFacts(euler=True),
     "sample_euler_cfg_pp": SamplerFacts(),
     "sample_euler_ancestral": SamplerFacts(noise=True),
     "sample_euler_ancestral_RF": SamplerFacts(noise=True),
@@ -72,5 +74,5 @@ def sampler_facts(sampler):
     """
     facts = SAMPLERS.get(sampler_name(sampler))
     if facts is not None and getattr(sampler, "extra_options", {}).get("s_churn", 0) > 0:
-        return replace(facts, noise=True)
+        return replace(facts, noise=True, euler=False)
     return facts

@@ -2,9 +2,11 @@
 
 A run has one scope, or one per context window of a long video.
 """
+from ...fastercache_core.auto import Rhythm
 from ...fastercache_core.gate import Gate
 from ...fastercache_core.guidance import GuidanceCache
 from ...fastercache_core.jump import JumpCache
+from ...fastercache_core.mixing import mix
 from ...fastercache_core.schedule import Action
 from .branches import branch_is_active, fingerprint
 
@@ -12,9 +14,14 @@ from .branches import branch_is_active, fingerprint
 class Scope:
     """Outputs and differences of one region, kept across the evaluations of a run."""
 
-    def __init__(self, settings, percent_to_sigma, guidance_scale):
-        """guidance_scale: the guider's cfg, by which errors of differences are multiplied."""
+    def __init__(self, settings, percent_to_sigma, guidance_scale, correctable=False):
+        """guidance_scale: the guider's cfg, by which errors of differences are multiplied; correctable:
+        the sampler's step is the slope times the step in sigma, so that a wrong one can be made good.
+        """
         self.settings = settings
+        self.measures = bool(settings.gate or settings.auto)
+        self.corrects = bool(settings.auto) and correctable
+        self.rhythm = Rhythm(settings.auto, percent_to_sigma, self.corrects) if settings.auto else None
         self.guidance_scale = guidance_scale
         self.percent_to_sigma = percent_to_sigma
         self.jump = JumpCache(settings.jump, percent_to_sigma) if settings.jump else None
@@ -23,23 +30,33 @@ class Scope:
         self.seen = None
         self.used_at = -1
 
-    def evaluate(self, evaluation, run_branches, conds, reference, x, space):
+    def evaluate(self, evaluation, run_branches, conds, reference, x, space, planned=None):
         """Denoised outputs of all branches and the action of each, dict index -> Action.
 
-        run_branches(conds) runs the network for a list of conditionings (None: not run).
-        reference: index of the branch that the others are estimated from. x: the latent
-        [batch, ...]. space: the OutputSpace of this evaluation.
+        run_branches(conds) runs the network for a list of conditionings (None: not run) and tells
+        whether features were reused. reference: index of the branch that the others are estimated
+        from. x: the latent [batch, ...]. space: the OutputSpace of this evaluation. planned: the
+        Step that a plan wants, None to choose by intervals and gates.
         """
         self.used_at = evaluation.ordinal
         self._forget_if_changed(evaluation, conds, x)
         active = [i for i, branch in enumerate(conds) if branch_is_active(branch, evaluation.sigma)]
         others = [i for i in active if i != reference]
-        action = self._choose(evaluation, reference in active, others)
-        if action == Action.FULL:
-            outputs = run_branches(conds)
-            self._observe(evaluation, outputs, reference, active, space)
+        action = self._choose(evaluation, reference in active, others, planned)
+        if action in (Action.FULL, Action.MIX):
+            outputs, reused = run_branches(conds)
+            if action == Action.MIX and reused:
+                outputs = self._mix(outputs, planned, evaluation, reference, others, x, space)
+            else:
+                action = Action.FULL
+            if not (planned and reused):
+                self._observe(evaluation, outputs, reference, active, space)
+            if self.corrects and reference in active:
+                outputs = self._correct(evaluation, outputs, reference, others, space)
         else:
-            outputs = self._fill(action, evaluation, run_branches, conds, reference, others, x, space)
+            outputs = self._fill(action, evaluation, run_branches, conds, reference, others, x, space, planned)
+            if self.corrects:
+                self._note_skipped(action, evaluation, outputs, reference, others, space)
         actions = dict.fromkeys(active, action)
         if action == Action.ESTIMATE:
             actions[reference] = Action.FULL
@@ -47,17 +64,21 @@ class Scope:
 
     def reset(self):
         """Forget everything, so that the next evaluation is full."""
-        for method in self._methods():
+        for method in [*self._methods(), *([self.rhythm] if self.rhythm else [])]:
             method.reset()
 
     def tensors(self):
         """Every tensor held."""
         return [t for method in self._methods() for t in method.tensors()]
 
-    def _choose(self, evaluation, has_reference, others):
+    def _choose(self, evaluation, has_reference, others, planned):
         if not has_reference:
             return Action.FULL
         known = [self.differences.get(i) for i in others]
+        if planned:
+            return self._planned(planned, known)
+        if self.rhythm:
+            return self._in_rhythm(evaluation, known)
         if self.jump and self.jump.may_jump(evaluation) and all(d and d.history.ready for d in known):
             if self.gates[Action.JUMP].allows(m.effect(evaluation) for m in (self.jump, *known)):
                 return Action.JUMP
@@ -68,31 +89,83 @@ class Scope:
                 return Action.ESTIMATE
         return Action.FULL
 
-    def _fill(self, action, evaluation, run_branches, conds, reference, others, x, space):
+    def _in_rhythm(self, evaluation, known):
+        """The action of the automatic mode: JUMP, or ESTIMATE where this sampler allows no JUMP."""
+        methods = [*([self.jump] if self.jump else []), *known]
+        if not methods or not all(m and m.history.ready for m in methods):
+            return Action.FULL
+        if not self.rhythm.may_skip(evaluation, (m.error.rate for m in methods)):
+            return Action.FULL
+        return Action.JUMP if self.jump else Action.ESTIMATE
+
+    def _planned(self, planned, known):
+        """The action of a plan, FULL where it cannot be taken: too few values are known yet."""
+        action = Action(planned.action)
+        ready = lambda method, values: method and len(method.history.nodes) >= (len(values) or method.history.depth)
+        foreseen = all(ready(d, planned.difference) for d in known)
+        if action == Action.ESTIMATE and known and foreseen:
+            return action
+        if action in (Action.JUMP, Action.MIX) and foreseen and ready(self.jump, planned.cond):
+            return action
+        return Action.FULL
+
+    def _fill(self, action, evaluation, run_branches, conds, reference, others, x, space, planned):
         if action == Action.JUMP:
-            cond = space.denoised(self.jump.cond(evaluation).to(x.dtype))
+            values = planned.cond if planned else ()
+            cond = space.denoised(self.jump.cond(evaluation, values).to(x.dtype))
         else:
-            cond = run_branches([c if i == reference else None for i, c in enumerate(conds)])[reference]
-            self._observe_reference(evaluation, cond, space)
+            outputs, _ = run_branches([c if i == reference else None for i, c in enumerate(conds)])
+            cond = outputs[reference]
+            if not planned:
+                self._observe_reference(evaluation, cond, space)
         outputs = [cond.new_zeros(cond.shape) if i not in (reference, *others) else cond
                    for i in range(len(conds))]  # the host leaves inactive branches at zero
         for i in others:
-            outputs[i] = self.differences[i].estimate(evaluation, cond, space.scale)
+            values = planned.difference if planned else ()
+            outputs[i] = self.differences[i].estimate(evaluation, cond, space.scale, values)
         return outputs
+
+    def _note_skipped(self, action, evaluation, outputs, reference, others, space):
+        """Remember forecasts until `_correct` knows better."""
+        weight = space.weight(evaluation)
+        cond = outputs[reference]
+        if action == Action.JUMP:
+            self.jump.correction.add(evaluation, space.output(cond), weight)
+        for i in others:
+            self.differences[i].correction.add(evaluation, space.difference(outputs[i], cond), weight)
+
+    def _correct(self, evaluation, outputs, reference, others, space):
+        """Outputs of a computed evaluation with what the forecasts before it got wrong made good."""
+        settle = lambda method: method.correction.settle(evaluation, method.history, space.weight(evaluation))
+        shift = settle(self.jump) if self.jump else None
+        corrected = [*outputs]
+        for i in (reference, *others):
+            own = settle(self.differences[i]) if i != reference and i in self.differences else None
+            shifts = [s for s in (shift, own) if s is not None]
+            if shifts:
+                corrected[i] = space.add(outputs[i], sum(shifts))
+        return corrected
+
+    def _mix(self, outputs, planned, evaluation, reference, others, x, space):
+        held = self._fill(Action.JUMP, evaluation, None, outputs, reference, others, x, space, planned)
+        return [mix(outputs[i], held[i], planned.mix) if i in (reference, *others) else output
+                for i, output in enumerate(outputs)]
 
     def _observe(self, evaluation, outputs, reference, active, space):
         if reference not in active:
             return
         cond = outputs[reference]
         self._observe_reference(evaluation, cond, space)
-        unit = space.unit(cond) * abs(self.guidance_scale - 1) if self.settings.gate else None
+        if self.rhythm:
+            self.rhythm.computed(evaluation)
+        unit = space.unit(cond) * abs(self.guidance_scale - 1) if self.measures else None
         for i in active if self.settings.guidance else ():
             if i != reference:
                 self._difference(i).observe(evaluation, space.difference(outputs[i], cond), unit)
 
     def _observe_reference(self, evaluation, cond, space):
         if self.jump:
-            unit = space.unit(cond) if self.settings.gate else None
+            unit = space.unit(cond) if self.measures else None
             self.jump.observe(evaluation, space.output(cond), unit)
 
     def _difference(self, index):

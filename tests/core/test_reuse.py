@@ -2,31 +2,47 @@
 import pytest
 import torch
 
-from fastercache_core.clock import Evaluation
-from fastercache_core.reuse import ReuseCache, ReuseSettings, extrapolate, reuse_weight
+from fastercache_core.clock import Evaluation, Window
+from fastercache_core.reuse import (PATIENCE, SAMPLE, ReuseCache, ReuseSettings, blend, extrapolate, reachable,
+                                    reuse_weight, sample)
 from fastercache_core.schedule import Interval
 
 PERCENT_TO_SIGMA = lambda percent: 1.0 - percent
+SITE = ("self", 0)
 
 
-def at(ordinal, progress=0.0):
-    return Evaluation(ordinal, 1.0 - 0.1 * ordinal, progress, False)
+def at(ordinal, sigma=None, progress=0.0, is_last=False):
+    return Evaluation(ordinal, 1.0 - 0.1 * ordinal if sigma is None else sigma, progress, is_last)
 
 
-def recorded(settings, outputs, branches):
-    """A cache that recorded `outputs` (one per evaluation) at site 0."""
-    cache = ReuseCache(settings, PERCENT_TO_SIGMA)
+def cache_of(weight="hold", every=2, window=Window()):
+    return ReuseCache(ReuseSettings({"self": Interval(every, window)}, weight), PERCENT_TO_SIGMA)
+
+
+def computed(cache, ordinal, output, branches=("cond",), sigma=None):
+    """One evaluation whose output at SITE is computed and stored."""
+    cache.begin(at(ordinal, sigma))
+    cache.begin_record(branches, {"self"})
+    cache.store(SITE, branches, (output,))
+
+
+def recorded(weight, outputs, branches=("cond",)):
+    """A cache that recorded `outputs` (one per evaluation) at SITE."""
+    cache = cache_of(weight)
     for ordinal, output in enumerate(outputs):
-        cache.begin(at(ordinal))
-        cache.begin_record(at(ordinal), branches)
-        cache.store(0, branches, output)
+        computed(cache, ordinal, output, branches)
     return cache
+
+
+def value(cache, branches=("cond",)):
+    return cache.recall(SITE, list(branches))[0].flatten().tolist()
 
 
 def test_extrapolation_is_equation_5():
     newest, older = torch.tensor([3.0]), torch.tensor([1.0])
     assert extrapolate(newest, older, 0.5).item() == 4.0
     assert extrapolate(newest, older, 0.0).item() == 3.0
+    assert extrapolate(newest, older, torch.tensor(0.5)).item() == 4.0
 
 
 def test_linear_w_grows_from_zero_at_the_first_reuse_to_w_at_the_end():
@@ -41,37 +57,177 @@ def test_constant_and_held_w():
     assert reuse_weight(ReuseSettings(weight="hold", w=0.3), 0.9, 0.1) == 0.0
 
 
+def forecast(outputs, sigma=None):
+    """The measured forecast that follows `outputs`, one computed at every evaluation."""
+    cache = recorded("measured", outputs)
+    cache.begin(at(len(outputs), sigma))
+    return cache.recall(SITE, ["cond"])[0]
+
+
+def noise(count, shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for _ in range(count)]
+
+
+def test_the_measured_forecast_follows_a_straight_line_as_far_as_sigma_says():
+    line = [torch.full((2, 3, 4), 1.0 + i) for i in range(4)]
+    assert forecast(line).flatten().tolist() == pytest.approx([5.0] * 24, abs=1e-4)
+    assert forecast(line, sigma=0.65).flatten().tolist() == pytest.approx([4.5] * 24, abs=1e-4)
+
+
+def test_it_learns_to_follow_a_bend():
+    bend = [torch.full((1, 8), 0.01 * i ** 2) for i in range(8)]
+    line = 2 * bend[6] - bend[5]
+    assert (forecast(bend[:7]) - bend[7]).abs().max() < 0.6 * (line - bend[7]).abs().max()
+
+
+def test_it_learns_not_to_continue_noise():
+    values = noise(9, (1, 4096))
+    assert (forecast(values) - values[-1]).norm() < 0.7 * (values[-1] - values[-2]).norm()
+
+
+def test_a_picture_is_forecast_the_same_whoever_is_beside_it():
+    values, others = noise(6, (1, 64)), noise(6, (1, 64), seed=1)
+    beside = forecast([torch.cat(pair) for pair in zip(values, others)])
+    torch.testing.assert_close(beside[:1], forecast(values))
+
+
+def test_pictures_may_lie_along_another_axis():
+    cache, turned = cache_of("measured"), cache_of("measured")
+    for ordinal, output in enumerate(noise(6, (2, 5, 3))):
+        computed(cache, ordinal, output)
+        turned.begin(at(ordinal))
+        turned.begin_record(["cond"], {"self"})
+        turned.store(SITE, ["cond"], (output.movedim(0, 2),), axis=2)
+    for either in (cache, turned):
+        either.begin(at(6))
+    [expected], [found] = cache.recall(SITE, ["cond"]), turned.recall(SITE, ["cond"], axis=2)
+    torch.testing.assert_close(found.movedim(2, 0), expected)
+
+
+def test_it_is_used_only_after_a_forecast_was_compared_with_the_truth():
+    for count, kinds in ((3, set()), (4, {"self"})):
+        cache = recorded("measured", [torch.ones(1, 1)] * count)
+        cache.begin(at(count))
+        assert cache.reusable(["cond"]) == kinds
+
+
+def test_two_sigmas_that_lie_very_close_together_do_not_throw_a_feature_far_away():
+    """Samplers with several calls a step evaluate nearly the same sigma twice, at different latents."""
+    assert reachable((0.5, 0.5 + 1e-7, 0.6), 0.4) == [0, 2]
+    assert reachable((0.5, 0.5, 0.5), 0.4) == [0]
+    cache, sigmas = cache_of("measured"), (0.8, 0.8, 0.6, 0.6 - 1e-7)
+    for ordinal, (sigma, output) in enumerate(zip(sigmas, (1.0, 1.1, 1.4, 1.5))):
+        computed(cache, ordinal, torch.tensor([[output]]), sigma=sigma)
+    cache.begin(at(4, sigma=0.5))
+    assert 1.5 <= value(cache)[0] <= 1.8
+
+
+def test_blending_loses_nothing_in_small_dtypes():
+    """A weight rounded to the dtype would not sum to one with the others."""
+    output = torch.rand(1, 1000).to(torch.bfloat16)
+    assert torch.equal(blend([output] * 3, torch.tensor([[1.713, -0.951, 0.238]]), 0), output)
+
+
+def test_gains_are_fitted_to_a_sample_of_a_large_feature():
+    x = torch.arange(8.0 * SAMPLE).reshape(8, 1024, -1)
+    part = sample(x, 0)
+    assert part.shape[1] == 8 and SAMPLE / 2 <= part.numel() <= 2 * SAMPLE
+    assert len(set((part.long() % x.shape[-1]).flatten().tolist())) == x.shape[-1], "of every channel"
+    assert sample(torch.ones(3, 4), 1).shape == (1, 4, 3)
+
+
 def test_branches_never_read_each_others_features_whatever_their_order_in_the_batch():
-    cache = recorded(ReuseSettings(weight="hold"), [torch.tensor([[1.0], [2.0]])] * 2, ["cond", "uncond"])
-    assert cache.recall(0, ["uncond", "cond"]).tolist() == [[2.0], [1.0]]
-    assert cache.recall(0, ["cond"]).tolist() == [[1.0]]
+    cache = recorded("hold", [torch.tensor([[1.0], [2.0]])] * 2, ["cond", "uncond"])
+    assert value(cache, ["uncond", "cond"]) == [2.0, 1.0]
+    assert value(cache) == [1.0]
+
+
+def test_the_batch_may_lie_along_another_axis():
+    cache = cache_of()
+    cache.begin(at(0))
+    cache.begin_record(["cond", "uncond"], {"self"})
+    cache.store(SITE, ["cond", "uncond"], (torch.tensor([[1.0, 1.0, 2.0, 2.0]]),), axis=1)
+    assert cache.recall(SITE, ["uncond", "cond"], axis=1)[0].tolist() == [[2.0, 2.0, 1.0, 1.0]]
+
+
+def test_what_cannot_be_cut_into_branches_is_not_stored():
+    cache = recorded("hold", [torch.ones(3, 4)], ["cond", "uncond"])
+    assert not cache.holds(SITE, ["cond"])
 
 
 def test_a_branch_that_was_not_recorded_or_is_stale_is_computed_first():
-    cache = recorded(ReuseSettings(Interval(2), "hold"), [torch.ones(1, 1)] * 2, ["cond"])
+    cache = recorded("hold", [torch.ones(1, 1)] * 2)
     cache.begin(at(2))
-    assert cache.may_reuse(at(2), ["cond"])
-    assert not cache.may_reuse(at(2), ["cond", "uncond"])
-    cache.memory.recorded["cond"] = (0,)
-    assert not cache.may_reuse(at(2), ["cond"])
+    assert cache.reusable(["cond"]) == {"self"}
+    assert cache.reusable(["cond", "uncond"]) == set()
+    cache.begin(at(3))
+    cache.begin_record(["uncond"], {"self"})
+    cache.begin(at(4))
+    assert cache.due == {"self"} and cache.reusable(["cond"]) == set()
 
 
 def test_extrapolation_waits_for_two_recordings():
-    cache = recorded(ReuseSettings(Interval(2), "constant"), [torch.ones(1, 1)], ["cond"])
+    cache = recorded("constant", [torch.ones(1, 1)])
     cache.begin(at(1))
-    assert not cache.may_reuse(at(1), ["cond"])
+    assert cache.reusable(["cond"]) == set()
+
+
+def test_a_plan_may_say_when_features_are_reused():
+    cache = recorded("hold", [torch.ones(1, 1)])
+    cache.begin(at(1), wanted=False)
+    assert cache.reusable(["cond"]) == set()
+    cache.begin(at(1), wanted=True)
+    assert cache.reusable(["cond"]) == {"self"}
+
+
+def test_a_past_that_is_too_old_is_not_continued():
+    """A window of a long video that comes back later starts anew, and takes no memory until then."""
+    cache = recorded("constant", [torch.ones(1, 1), torch.ones(1, 1)])
+    cache.begin(at(1 + PATIENCE * 2))
+    assert cache.tensors()
+    cache.begin(at(2 + PATIENCE * 2))
+    assert cache.tensors() == [] and cache.memory.recorded == {}
+
+
+def test_past_its_window_a_kind_takes_no_memory():
+    cache = cache_of(window=Window(0.0, 0.35))
+    computed(cache, 0, torch.ones(1, 1))
+    computed(cache, 3, torch.ones(1, 1), sigma=0.7)
+    assert cache.worth_storing() == {"self"} and cache.tensors()
+    cache.begin(at(4, sigma=0.6))
+    assert cache.worth_storing() == set() and cache.tensors() == []
+
+
+def test_nothing_is_stored_at_the_last_evaluation():
+    cache = cache_of()
+    cache.begin(at(9, is_last=True))
+    assert cache.worth_storing() == set()
 
 
 def test_a_stored_feature_is_a_copy_and_a_recalled_one_too():
     output = torch.ones(1, 4)
-    cache = recorded(ReuseSettings(weight="hold"), [output, output], ["cond"])
-    output.zero_()  # the host adds into its activations in place
-    cache.recall(0, ["cond"]).zero_()
-    assert torch.equal(cache.recall(0, ["cond"]), torch.ones(1, 4))
+    for weight in ("hold", "constant", "measured"):
+        cache = recorded(weight, [output.fill_(1.0)] * 3)
+        output.zero_()  # the host adds into its activations in place
+        cache.recall(SITE, ["cond"])[0].zero_()
+        assert value(cache) == [1.0] * 4
 
 
 def test_memory_is_counted_and_given_back():
-    cache = recorded(ReuseSettings(), [torch.ones(2, 8)] * 3, ["cond", None])
-    assert sum(t.numel() for t in cache.tensors()) == 2 * 8, "two outputs of one branch"
+    cache = recorded("measured", [torch.ones(2, 8)] * 4, ["cond", None])
+    assert sum(t.numel() for t in cache.tensors()) == 3 * 8, "three outputs of one branch"
+    assert cache.fits
     cache.reset()
-    assert cache.tensors() == []
+    assert cache.tensors() == [] and not cache.fits
+    cache.begin(at(4))
+    assert cache.reusable(["cond"]) == set()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_forecast_has_the_features_own_dtype(dtype):
+    outputs = [torch.full((1, 4), float(i), dtype=dtype) for i in range(4)]
+    cache = recorded("measured", outputs)
+    cache.begin(at(4))
+    [forecast] = cache.recall(SITE, ["cond"])
+    assert forecast.dtype == dtype and torch.allclose(forecast.float(), torch.full((1, 4), 4.0), rtol=0.02)

@@ -20,7 +20,6 @@ from fastercache_pack.fastercache_core.reuse import ReuseSettings
 from fastercache_pack.fastercache_core.schedule import Interval
 from fastercache_pack.fastercache_core.settings import CacheSettings
 from fastercache_pack.nodes.host.attach import attach, last_report
-from fastercache_pack.nodes.host.attention import attention_modules, find_family
 from fastercache_pack.nodes.host.branches import is_active
 from nodes import ConditioningAverage, ConditioningCombine, ConditioningSetMask, ControlNetApplyAdvanced
 from test_guidance_paths import EVERY_SECOND, NEVER, STEPS, estimates, relative
@@ -379,7 +378,8 @@ def test_where_skip_layer_guidance_ends_skipping_begins(tiny_models, plain):
 
 def with_reuse(every, weight="constant", forecast="measured"):
     """CFG-Cache once in `every` evaluations together with attention reuse at every second one."""
-    return CacheSettings("both", GuidanceSettings(Interval(every), forecast), ReuseSettings(Interval(2), weight))
+    return CacheSettings("both", GuidanceSettings(Interval(every), forecast),
+                         ReuseSettings({"self": Interval(2)}, weight))
 
 
 class AttentionWatch:
@@ -387,7 +387,7 @@ class AttentionWatch:
 
     def __init__(self, model):
         network = model.model.diffusion_model
-        modules = attention_modules(network, find_family(network))
+        modules = tiny.self_attention(network)
         self.calls, self.ran = [], []
         layer = modules[0]
         linear = getattr(layer, "qkv", None) or layer.to_q
@@ -422,7 +422,7 @@ def test_after_a_gap_the_unconditional_branch_runs_with_full_attention(
 
 
 @pytest.mark.parametrize("settings", [with_reuse(3, "hold", "hold"),
-                                      CacheSettings("reuse", reuse=ReuseSettings(Interval(3), "hold"))],
+                                      CacheSettings("reuse", reuse=ReuseSettings({"self": Interval(3)}, "hold"))],
                          ids=["with CFG-Cache", "reuse alone"])
 @pytest.mark.parametrize("family", ["sd15", "sd3"])
 def test_no_branch_sees_what_another_one_left(tiny_models, family, settings, monkeypatch):

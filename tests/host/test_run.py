@@ -6,15 +6,16 @@ import pytest
 import torch
 from comfy_extras.nodes_easycache import EasyCacheNode
 from fastercache_pack.fastercache_core.clock import Window
+from fastercache_pack.fastercache_core.gate import GateSettings
 from fastercache_pack.fastercache_core.guidance import GuidanceSettings
 from fastercache_pack.fastercache_core.jump import JumpSettings
 from fastercache_pack.fastercache_core.reuse import ReuseSettings
 from fastercache_pack.fastercache_core.schedule import Interval
 from fastercache_pack.fastercache_core.settings import CacheSettings
 from fastercache_pack.nodes.fastercache import PRESETS
+from fastercache_pack.nodes.host import families
 from fastercache_pack.nodes.host.attach import RUN_KEY, attach, last_report
-from fastercache_pack.nodes.host.attention import attention_modules, find_family
-from tiny import SPECS, conditioning, sample
+from tiny import SPECS, conditioning, sample, self_attention
 
 WITH_ATTENTION = ["sd3", "sd15", "sdxl"]
 # Without a gate: random weights are too rough for it to open.
@@ -24,11 +25,11 @@ BALANCED = CacheSettings("balanced", GuidanceSettings(Interval(2), "blend"), jum
 
 def all_methods(every, window=Window()):
     interval = Interval(every, window)
-    return CacheSettings("all", GuidanceSettings(interval), ReuseSettings(interval), JumpSettings(interval))
+    return CacheSettings("all", GuidanceSettings(interval), ReuseSettings({"self": interval}), JumpSettings(interval))
 
 
 def reuse_only(weight="constant", every=2):
-    return CacheSettings("reuse", reuse=ReuseSettings(Interval(every), weight))
+    return CacheSettings("reuse", reuse=ReuseSettings({"self": Interval(every)}, weight))
 
 
 def totals(model):
@@ -75,7 +76,7 @@ def test_estimating_uncond_stays_close_to_full_sampling(tiny_models):
 def test_attention_runs_exactly_as_often_as_scheduled(tiny_models, name):
     model = attach(tiny_models(name), reuse_only())
     network = model.model.diffusion_model
-    modules = attention_modules(network, find_family(network))
+    modules = self_attention(network)
     linears = [getattr(m, "qkv", None) or m.to_q for m in modules]
     calls = []
     hooks = [linear.register_forward_hook(lambda *_: calls.append(1)) for linear in linears]
@@ -99,10 +100,12 @@ def test_extrapolated_attention_is_nearer_to_full_than_held_attention(tiny_model
 
 @pytest.mark.parametrize("name", WITH_ATTENTION)
 def test_held_attention_on_an_unchanged_input_gives_the_full_output(tiny_models, name):
-    """Sampling at a single sigma: the latent hardly moves, so what is held is nearly what is computed."""
-    sigmas = torch.tensor([0.5] * 4 + [0.4999])
+    """Steps without length: the latent does not move, so what is held is what would be computed."""
+    sigmas = torch.tensor([0.5] * 5 + [0.3, 0.0])
     full = sample(tiny_models(name), name, sigmas=sigmas)
-    held = sample(attach(tiny_models(name), reuse_only("hold", every=4)), name, sigmas=sigmas)
+    model = attach(tiny_models(name), reuse_only("hold", every=4))
+    held = sample(model, name, sigmas=sigmas)
+    assert totals(model)["evaluations"]["REUSE"] == 3
     assert relative(held, full) < 1e-4
 
 
@@ -166,7 +169,7 @@ def test_a_window_that_leaves_nothing_to_skip_is_said(tiny_models):
 
 
 def test_at_cfg_1_the_gate_is_not_blamed(tiny_models):
-    model = attach(tiny_models("sd3"), PRESETS["exact-looking"](Window()))
+    model = attach(tiny_models("sd3"), CacheSettings("cfg", GuidanceSettings(), gate=GateSettings()))
     sample(model, "sd3", cfg=1.0)
     assert [note[:26] for note in last_report(model)["notes"]] == ["no unconditional pass to s"]
 
@@ -192,7 +195,8 @@ def test_beside_the_hosts_own_cache_ours_stands_down_and_says_so(tiny_models):
 
 
 @pytest.mark.parametrize("sampler, note", [
-    ("dpm_adaptive", "cannot be foreseen"), ("dpm_fast", "cannot be foreseen"), ("dpmpp_2m", "none is forecast"), ("euler_ancestral", "adds noise")])
+    ("dpm_adaptive", "cannot be foreseen"), ("dpm_fast", "cannot be foreseen"),
+    ("dpmpp_2m", "none is forecast"), ("euler_ancestral", "adds noise")])
 def test_samplers_that_cannot_be_forecast_are_refused_with_the_reason(tiny_models, sampler, note):
     model = attach(tiny_models("sd15"), BALANCED)
     assert torch.isfinite(sample(model, "sd15", sampler=sampler, steps=6)).all()
@@ -200,11 +204,19 @@ def test_samplers_that_cannot_be_forecast_are_refused_with_the_reason(tiny_model
     assert any(note in n for n in last_report(model)["notes"])
 
 
-def test_a_model_without_known_attention_gets_the_rest_and_a_note(tiny_models):
+def test_a_model_of_no_known_family_gets_the_rest_and_a_note(tiny_models, monkeypatch):
+    monkeypatch.setattr(families, "FAMILIES", ())
     model = attach(tiny_models("flux"), PRESETS["paper"](Window()))
     sample(model, "flux", steps=12)
     assert totals(model)["evaluations"]["ESTIMATE"] > 0
     assert "feature reuse does not know Flux yet" in last_report(model)["notes"][0]
+
+
+def test_where_attention_cannot_be_taken_alone_blocks_are_reused_and_the_report_says_so(tiny_models):
+    model = attach(tiny_models("flux"), reuse_only())
+    sample(model, "flux", steps=12)
+    assert totals(model)["evaluations"]["REUSE"] > 0
+    assert "no self features that can be taken alone: front is reused instead" in last_report(model)["notes"][0]
 
 
 def test_a_negative_that_ends_half_way_forces_a_full_evaluation(tiny_models):

@@ -110,9 +110,9 @@ def test_an_extrapolated_difference_beats_a_held_one_and_fewer_steps(painter):
 
 def test_extrapolated_attention_beats_held_attention(painter):
     full = painter.paint(painter.model)
-    held, extrapolated = (
-        decibels(painter.paint(attach(painter.model, CacheSettings(w, reuse=ReuseSettings(Interval(2), w)))), full)
-        for w in ("hold", "constant"))
+    reused = lambda weight: CacheSettings(weight, reuse=ReuseSettings({"self": Interval(2)}, weight))
+    held, extrapolated = (decibels(painter.paint(attach(painter.model, reused(weight))), full)
+                          for weight in ("hold", "measured"))
     assert extrapolated > held + 5.0
 
 

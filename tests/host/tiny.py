@@ -141,6 +141,51 @@ SPECS = {
         cfg=dict(max_seq=256, cond_seq_dim=48, n_double_layers=2, n_layers=4, dim=64, n_heads=4,
                  global_conddim=64),
         ctx=(20, 48), lat=(4, 16, 16)),
+    "sd35": dict(
+        cls="SD3",
+        cfg=dict(in_channels=16, patch_size=2, out_channels=16, depth=3, input_size=None, qk_norm="rms",
+                 adm_in_channels=2048, context_embedder_config={"target": "torch.nn.Linear", "params":
+                 {"in_features": 64, "out_features": 192}}, num_patches=256, pos_embed_max_size=16,
+                 pos_embed_scaling_factor=None, x_block_self_attn_layers=[0, 1]),
+        ctx=(20, 64), pooled=2048, lat=(16, 16, 16)),
+    "svd": dict(
+        cls="SVD_img2vid",
+        cfg=dict(use_checkpoint=False, image_size=32, use_spatial_transformer=True, legacy=False,
+                 num_classes="sequential", adm_in_channels=768, in_channels=8, out_channels=4, model_channels=64,
+                 num_res_blocks=[1, 1], transformer_depth=[0, 1], transformer_depth_output=[1, 1, 0, 0],
+                 channel_mult=[1, 2], transformer_depth_middle=1, use_linear_in_transformer=True, context_dim=48,
+                 use_temporal_resblock=True, use_temporal_attention=True, extra_ff_mix_layer=True,
+                 merge_strategy="learned_with_images", video_kernel_size=[3, 1, 1]),
+        ctx=(1, 48), lat=(4, 8, 8)),
+    "wan_i2v": dict(
+        cls="WAN21_I2V",
+        cfg=dict(image_model="wan2.1", model_type="i2v", dim=128, out_dim=16, num_heads=1, ffn_dim=256,
+                 num_layers=3, patch_size=(1, 2, 2), freq_dim=256, window_size=(-1, -1), qk_norm=True,
+                 cross_attn_norm=True, eps=1e-06, in_dim=36, text_dim=64),
+        ctx=(20, 64), lat=(16, 3, 16, 16)),
+    "wan_camera": dict(
+        cls="WAN21_Camera",
+        cfg=dict(image_model="wan2.1", model_type="camera", dim=128, out_dim=16, num_heads=1, ffn_dim=256,
+                 num_layers=3, patch_size=(1, 2, 2), freq_dim=256, window_size=(-1, -1), qk_norm=True,
+                 cross_attn_norm=True, eps=1e-06, in_dim=32, text_dim=64),
+        ctx=(20, 64), lat=(16, 3, 16, 16)),
+    "hydit": dict(
+        cls="HunyuanDiT",
+        cfg=dict(image_model="hydit", hidden_size=64, depth=4, num_heads=4, text_states_dim=32,
+                 text_states_dim_t5=32, text_len=20, text_len_t5=20, mlp_ratio=4.0, size_cond=False,
+                 use_style_cond=False),
+        ctx=(20, 32), lat=(4, 16, 16), mask=True,
+        extra=dict(conditioning_mt5xl=(20, 32), attention_mask_mt5xl=(20,))),
+    "omnigen2": dict(
+        cls="Omnigen2",
+        cfg=dict(image_model="omnigen2", hidden_size=64, num_layers=3, num_refiner_layers=1, num_attention_heads=4,
+                 num_kv_heads=2, multiple_of=64, axes_dim_rope=(4, 6, 6), text_feat_dim=48, timestep_scale=1000.0),
+        ctx=(20, 48), lat=(16, 16, 16), mask=True),
+    "hunyuan3d": dict(
+        cls="Hunyuan3Dv2",
+        cfg=dict(image_model="hunyuan3d2", in_channels=64, context_in_dim=48, hidden_size=64, mlp_ratio=4.0,
+                 num_heads=4, depth=2, depth_single_blocks=3, qkv_bias=True, guidance_embed=False),
+        ctx=(20, 48), lat=(64, 32)),
 }
 
 # Configuration keys that only some host versions know, with the value that makes them inert.
@@ -183,6 +228,12 @@ def sample(patcher, name, steps=8, cfg=4.0, sampler="euler", scheduler="simple",
     return comfy.sample.sample(
         patcher, noise, steps, cfg, sampler, scheduler, positive or conditioning(name, 1),
         negative or conditioning(name, 2), latent, seed=seed, disable_pbar=True, **options)
+
+
+def self_attention(network):
+    """The self-attention modules of an SD UNet or SD3 network."""
+    names = ("attn1", "x_block.attn", "context_block.attn")
+    return [module for name, module in network.named_modules() if name.endswith(names)]
 
 
 def _config(name):

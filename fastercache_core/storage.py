@@ -1,0 +1,137 @@
+"""How cached features are kept: in which dtype and on which device, and how they come back.
+
+fp8 is e4m3 with one scale for each row (last axis), so that one large token does not cost the others
+their precision. Errors: fp16 at most 2**-11 of a number (numbers beyond +-65504 are cut off there);
+fp8 at most 2**-4 + 2**-7 of it, plus 2**-18 of the largest one in its row.
+"""
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = ("native", "fp16", "fp8")
+FP8_MAX, FP16_MAX = 448.0, 65504.0  # the largest numbers of e4m3 and of fp16
+# So many features may be on their way off a GPU at once: each takes room there until it has arrived.
+LEAVING = 2
+
+
+@dataclass(frozen=True)
+class StorageSettings:
+    """Where and how features are kept.
+
+    budget: bytes that may be held, None for as many as are offered. device: None for the feature's
+    own, else a device name such as "cpu" or "cuda:1". dtype: one of DTYPES.
+    """
+    budget: int | None = None
+    device: str | None = None
+    dtype: str = "native"
+
+
+@dataclass
+class Stored:
+    """A feature at rest: `data` and, for fp8, its `scale`; `dtype` and `device` are those it came with.
+
+    coming: copies on their way to `device`, and the event after which they are there.
+    """
+    data: torch.Tensor
+    scale: torch.Tensor | None
+    dtype: torch.dtype
+    device: torch.device
+    coming: tuple | None = None
+
+    def tensors(self):
+        """Every tensor held."""
+        return [t for t in (self.data, self.scale) if t is not None]
+
+
+class Storage:
+    """Puts features to rest and brings them back, copying beside the computation where it can.
+
+    All GPU memory belongs to the stream of the computation, which waits for a copy on the side stream
+    before it lets go of the memory: so memory is free for others at once, however far the CPU is ahead.
+    """
+
+    def __init__(self, settings):
+        self.dtype = settings.dtype
+        self.device = torch.device(settings.device) if settings.device else None
+        self.leaving = []
+        self.stream = None
+
+    def nbytes(self, x):
+        """Bytes that `x` will take at rest."""
+        if self._keeps(x):
+            return x.numel() * x.element_size()
+        if self.dtype == "fp16":
+            return x.numel() * 2
+        return x.numel() + x.shape[:-1].numel() * 2
+
+    def put(self, x):
+        """A copy of `x` at rest: later work on `x` in place cannot reach it."""
+        data, scale = self._encode(x)
+        return Stored(self._move(data), None if scale is None else self._move(scale), x.dtype, x.device)
+
+    def expect(self, stored):
+        """Begin to bring `stored` back to its GPU, so that `get` finds it there."""
+        if stored.coming is None and stored.device.type == "cuda" and stored.data.device != stored.device:
+            copies = [torch.empty_like(t, device=stored.device) for t in stored.tensors()]
+            stored.coming = copies, self._copy_beside(stored.device, copies, stored.tensors())
+
+    def get(self, stored):
+        """The feature as it was put, up to the dtype's precision: a tensor that must not be written to."""
+        self.expect(stored)
+        copies = self._arrived(stored) or [t.to(stored.device) for t in stored.tensors()]
+        data, *scale = [t.to(stored.dtype) for t in copies]
+        return data * scale[0] if scale else data
+
+    def drop(self, stored):
+        """Let go of `stored`, which may be on its way."""
+        self._arrived(stored)
+
+    def settle(self):
+        """Wait for all copies, before everything is let go of."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+        self.leaving.clear()
+
+    def _keeps(self, x):
+        """True where the dtype at rest is the feature's own: wanted so, or no larger already."""
+        return self.dtype == "native" or x.element_size() <= (2 if self.dtype == "fp16" else 1)
+
+    def _encode(self, x):
+        if self._keeps(x):
+            return x.clone(memory_format=torch.contiguous_format), None
+        if self.dtype == "fp16":
+            return x.clamp(-FP16_MAX, FP16_MAX).to(torch.float16), None
+        largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True, dtype=torch.float32)
+        scale = (largest / FP8_MAX).clamp_min(torch.finfo(x.dtype).tiny).to(torch.bfloat16)
+        return (x / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+
+    def _move(self, data):
+        if self.device is None or self.device == data.device:
+            return data
+        if data.device.type != "cuda" or self.device.type != "cpu":
+            return data.to(self.device)
+        at_rest = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
+        self.leaving.append((data, self._copy_beside(data.device, [at_rest], [data])))
+        if len(self.leaving) > LEAVING:
+            gone, left = self.leaving.pop(0)
+            torch.cuda.current_stream(gone.device).wait_event(left)
+        return at_rest
+
+    def _copy_beside(self, device, targets, sources):
+        """Copy on a stream of its own, after what `device` was given so far; returns the event of its end."""
+        if self.stream is None:
+            self.stream = torch.cuda.Stream(device)
+        self.stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self.stream):
+            for target, source in zip(targets, sources):
+                target.copy_(source, non_blocking=True)
+            return self.stream.record_event()
+
+    @staticmethod
+    def _arrived(stored):
+        """The copies that were on their way, once the computation waits for them; None if there are none."""
+        if stored.coming is None:
+            return None
+        (copies, arrived), stored.coming = stored.coming, None
+        torch.cuda.current_stream(stored.device).wait_event(arrived)
+        return copies

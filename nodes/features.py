@@ -1,0 +1,94 @@
+"""What nodes have in common that reuse features: which, how they are carried forward, and where they are kept."""
+from dataclasses import replace
+
+import torch
+from comfy_api.latest import io
+
+from ..fastercache_core.clock import Window
+from ..fastercache_core.reuse import REUSE_WEIGHTS, ReuseSettings
+from ..fastercache_core.schedule import Interval
+from ..fastercache_core.storage import DTYPES, StorageSettings
+from .schema import advanced, choice
+
+FORECASTS = ("as preset", "off", *REUSE_WEIGHTS)
+DEVICES = {"same": None, "cpu": "cpu", "second gpu": "cuda:1"}
+
+
+def middle(span, start, end):
+    """The part of a window between two fractions of it."""
+    length = span.end - span.start
+    return Window(span.start + start * length, span.start + end * length)
+
+
+# Name of a depth -> {kind of site: Interval}, inside a window. None reaches its end: the last steps of flow models
+# are so large that one evaluation with features from the cache costs more there than all others together.
+DEPTHS = {
+    "attention": lambda span: {"self": Interval(2, middle(span, 0.0, 0.9))},
+    "all attention": lambda span: dict.fromkeys(("self", "temporal", "cross"), Interval(2, middle(span, 0.0, 0.9))),
+    "half of the blocks": lambda span: {"rear": Interval(2, middle(span, 0.0, 0.5)),
+                                        "front": Interval(2, middle(span, 0.5, 0.9))},
+    "all blocks": lambda span: {"stack": Interval(2, middle(span, 0.0, 0.9))},
+    "inside of a UNet": lambda span: {"deep": Interval(2, middle(span, 0.0, 0.9))},
+}
+
+
+def feature_inputs():
+    """The inputs that say which features are reused and where they are kept."""
+    return [
+        advanced(io.Combo.Input("feature_reuse", options=list(FORECASTS), default="as preset",
+                                tooltip="Parts of the network from the cache at every second step. as preset = only "
+                                        "with paper, measured = continued as they were seen to move, constant = "
+                                        "by half their last change, linear = with the paper's growing weight, "
+                                        "hold = as they were.")),
+        advanced(io.Combo.Input("reuse_depth", options=list(DEPTHS), default="attention",
+                                tooltip="Which parts. attention = self-attention (FasterCache); all attention = "
+                                        "cross-attention too (PAB); half of the blocks = Delta-DiT; all "
+                                        "blocks = all but the first; inside of a UNet = DeepCache. A model that "
+                                        "lacks the parts gets the nearest ones, and the report says so.")),
+        *storage_inputs(),
+    ]
+
+
+def storage_inputs():
+    """The inputs that say where features are kept."""
+    return [
+        advanced(io.Float.Input("memory_gb", default=0.0, min=0.0, max=512.0, step=0.1, round=0.001,
+                                tooltip="Most memory that cached features may take. 0 = up to half of what ComfyUI "
+                                        "reports free when sampling starts.")),
+        advanced(io.Combo.Input("memory_device", options=list(DEVICES), default="same",
+                                tooltip="Where cached features are kept: beside the model, in main memory (slower, "
+                                        "saves VRAM), or on a second GPU.")),
+        advanced(io.Combo.Input("memory_dtype", options=list(DTYPES), default="native",
+                                tooltip="How cached features are kept: native = as they are, fp16 = half size of "
+                                        "fp32, fp8 = a quarter, with one scale for each row.")),
+    ]
+
+
+def feature_settings(node, preset, span, feature_reuse, reuse_depth, **storage):
+    """ReuseSettings of the inputs, None for off. Raises ValueError on what is not allowed.
+
+    preset: the ReuseSettings of the preset, or None.
+    """
+    choice(node, "feature_reuse", feature_reuse, FORECASTS)
+    depth = DEPTHS[choice(node, "reuse_depth", reuse_depth, DEPTHS)]
+    kept = storage_settings(node, **storage)
+    if feature_reuse == "as preset":
+        return preset and replace(preset, storage=kept)
+    if feature_reuse == "off":
+        return None
+    return ReuseSettings(depth(span), feature_reuse, 1.0 if feature_reuse == "linear" else 0.5, kept)
+
+
+def storage_settings(node, memory_gb, memory_device, memory_dtype):
+    """StorageSettings of the inputs. Raises ValueError on what is not allowed."""
+    choice(node, "memory_dtype", memory_dtype, DTYPES)
+    return StorageSettings(int(memory_gb * 1e9) or None, device(node, memory_device), memory_dtype)
+
+
+def device(node, name):
+    """The device of a choice. Raises ValueError naming `node` when this machine lacks it."""
+    found = DEVICES[choice(node, "memory_device", name, DEVICES)]
+    if name == "second gpu" and torch.cuda.device_count() < 2:
+        raise ValueError(f"{node}: memory_device is 'second gpu', but this machine has "
+                         f"{torch.cuda.device_count()} GPU(s); choose 'same' or 'cpu'.")
+    return found

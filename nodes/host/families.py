@@ -1,0 +1,143 @@
+"""Where each model family keeps what can be reused: one entry of data a family.
+
+Names, paths and signatures are those of the host's own classes.
+"""
+from dataclasses import dataclass
+
+# Kinds of sites. self, cross: attention outputs, after the projection and before the gate.
+# front, rear, stack: what the first half, the second half or all blocks but the first add to their
+# input. deep: a UNet's inside, up to its last level. branch: ResBlock first halves and transformer branches.
+ATTENTION = ("self", "cross")
+SPANS = ("front", "rear", "stack")
+KINDS = (*ATTENTION, *SPANS, "deep", "branch")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention at `path` inside every block of class `block` or of one derived from it.
+
+    joint: further paths, where the block runs one attention over the tokens of all of these modules,
+    between their `pre_attention` and `post_attention`; otherwise a module's `forward` is the attention.
+    """
+    block: str
+    path: str
+    kind: str = "self"
+    joint: tuple | None = None
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A list of blocks that run one after the other.
+
+    streams: what a block takes and gives back, in the order that it gives it: names of arguments, or
+    places among them. whole: True where the blocks hand values past each other, so that only the
+    stack as a whole can be reused.
+    """
+    path: str
+    streams: tuple = (0,)
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of diffusion models: full class names, and where things are inside.
+
+    batch_axis: axis of the batch in features. unet: True where `input_blocks`, `middle_block` and
+    `output_blocks` are those of the host's UNet.
+    """
+    name: str
+    models: tuple
+    attention: tuple = ()
+    stacks: tuple = ()
+    batch_axis: int = 0
+    unet: bool = False
+
+    def kinds(self):
+        """The kinds of sites that this family has."""
+        found = {entry.kind for entry in self.attention}
+        if self.stacks:
+            found |= {"stack"} if any(stack.whole for stack in self.stacks) else set(SPANS)
+        return found | ({"deep", "branch"} if self.unet else set())
+
+
+FAMILIES = (
+    Family("SD UNet", ("comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel",),
+           (Attention("BasicTransformerBlock", "attn1"), Attention("BasicTransformerBlock", "attn2", "cross")),
+           unet=True),
+    Family("SD3", ("comfy.ldm.modules.diffusionmodules.mmdit.MMDiT",),
+           (Attention("JointBlock", "x_block.attn", joint=("context_block.attn",)),
+            Attention("JointBlock", "x_block.attn2", joint=())),
+           (Stack("joint_blocks", (0, 1)),)),
+    Family("Flux, Chroma, Hunyuan3D 2", ("comfy.ldm.flux.model.Flux", "comfy.ldm.chroma.model.Chroma",
+                                         "comfy.ldm.hunyuan3d.model.Hunyuan3Dv2"),
+           stacks=(Stack("double_blocks", ("img", "txt")), Stack("single_blocks"))),
+    Family("HunyuanVideo", ("comfy.ldm.hunyuan_video.model.HunyuanVideo",),
+           stacks=(Stack("double_blocks", ("img", "txt")), Stack("single_blocks"))),
+    Family("Wan", ("comfy.ldm.wan.model.WanModel",),
+           (Attention("WanAttentionBlock", "self_attn"), Attention("WanAttentionBlock", "cross_attn", "cross")),
+           (Stack("blocks"),)),
+    Family("LTXV", ("comfy.ldm.lightricks.model.LTXVModel",),
+           (Attention("BasicTransformerBlock", "attn1"), Attention("BasicTransformerBlock", "attn2", "cross")),
+           (Stack("transformer_blocks"),)),
+    Family("Qwen-Image", ("comfy.ldm.qwen_image.model.QwenImageTransformer2DModel",),
+           (Attention("QwenImageTransformerBlock", "attn"),),
+           (Stack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),)),
+    Family("Lumina2, Z-Image", ("comfy.ldm.lumina.model.NextDiT",),
+           (Attention("JointTransformerBlock", "attention"),), (Stack("layers"),)),
+    Family("OmniGen2", ("comfy.ldm.omnigen.omnigen2.OmniGen2Transformer2DModel",),
+           (Attention("OmniGen2TransformerBlock", "attn"),), (Stack("layers"),)),
+    Family("Cosmos", ("comfy.ldm.cosmos.model.GeneralDIT",),
+           (Attention("GeneralDITTransformerBlock", "blocks.0.block"),
+            Attention("GeneralDITTransformerBlock", "blocks.1.block", "cross")),
+           (Stack("blocks"),), batch_axis=3),
+    Family("Cosmos Predict2", ("comfy.ldm.cosmos.predict2.MiniTrainDIT",),
+           (Attention("Block", "self_attn"), Attention("Block", "cross_attn", "cross")), (Stack("blocks"),)),
+    Family("HiDream", ("comfy.ldm.hidream.model.HiDreamImageTransformer2DModel",),
+           (Attention("HiDreamImageTransformerBlock", "attn1"),
+            Attention("HiDreamImageSingleTransformerBlock", "attn1")),
+           (Stack("double_stream_blocks", ("image_tokens", "text_tokens")),
+            Stack("single_stream_blocks", ("image_tokens",)))),
+    Family("PixArt", ("comfy.ldm.pixart.pixartms.PixArtMS",),
+           (Attention("PixArtMSBlock", "attn"), Attention("PixArtMSBlock", "cross_attn", "cross")),
+           (Stack("blocks"),)),
+    Family("HunyuanDiT", ("comfy.ldm.hydit.models.HunYuanDiT",),
+           (Attention("HunYuanDiTBlock", "attn1"), Attention("HunYuanDiTBlock", "attn2", "cross")),
+           (Stack("blocks", whole=True),)),
+    Family("Mochi", ("comfy.ldm.genmo.joint_model.asymm_models_joint.AsymmDiTJoint",),
+           (Attention("AsymmetricJointBlock", "attn"),), (Stack("blocks", (0, 2)),)),
+    Family("AuraFlow", ("comfy.ldm.aura.mmdit.MMDiT",),
+           (Attention("MMDiTBlock", "attn"), Attention("DiTBlock", "attn")),
+           (Stack("double_layers", (0, 1)), Stack("single_layers"))),
+    Family("ACE-Step", ("comfy.ldm.ace.model.ACEStepTransformer2DModel",),
+           (Attention("LinearTransformerBlock", "attn"), Attention("LinearTransformerBlock", "cross_attn", "cross")),
+           (Stack("transformer_blocks", ("hidden_states",)),)),
+    Family("Stable Audio", ("comfy.ldm.audio.dit.AudioDiffusionTransformer",),
+           (Attention("TransformerBlock", "self_attn"), Attention("TransformerBlock", "cross_attn", "cross")),
+           (Stack("transformer.layers"),)),
+)
+
+
+def find_family(diffusion_model):
+    """The entry for a diffusion model or any class it derives from, None when there is none."""
+    bases = {f"{c.__module__}.{c.__qualname__}" for c in type(diffusion_model).__mro__}
+    return next((family for family in FAMILIES if bases & set(family.models)), None)
+
+
+# What is reused instead where a family has no such sites, nearest first.
+INSTEAD = {"self": ("front", "stack"), "branch": ("self", "front"), "deep": ("stack",),
+           "front": ("deep", "stack"), "rear": ("deep", "stack"), "stack": ("deep",)}
+
+
+def available(family, intervals):
+    """`intervals` ({kind: Interval}) for the kinds that `family` has, and what had to be replaced: {kind: other}.
+
+    Cross attention has no replacement: where there is none, there is nothing to reuse.
+    """
+    has, found, replaced = family.kinds(), {}, {}
+    for kind, interval in intervals.items():
+        other = next((k for k in (kind, *INSTEAD.get(kind, ())) if k in has), None)
+        if other:
+            found.setdefault(other, interval)
+        if other != kind:
+            replaced[kind] = other
+    return found, replaced

@@ -1,0 +1,138 @@
+"""What every evaluation of a run does where that was laid down beforehand: FRDiff's mixing, or a policy."""
+import math
+from dataclasses import replace
+
+import comfy.samplers
+from comfy.model_sampling import CONST
+
+from ...fastercache_core.mixing import MixSchedule, MixSettings, flow_timestep
+from ...fastercache_core.policy import FULL, Step
+from ...fastercache_core.reuse import ReuseSettings
+from ...fastercache_core.schedule import Interval
+from ...fastercache_core.storage import StorageSettings
+from .samplers import sampler_facts, sampler_name
+
+# What a plan wants happens: intervals never ask for more.
+ALWAYS = Interval(10 ** 6)
+
+# How near an evaluation's sigma must be to the one that the policy was found for, in log sigma.
+NEAR = 1e-2
+# Moved to fewer steps than this share of its own, a policy was no longer clearly better than plain fewer steps.
+FEW = 0.75
+# Actions that need features from the cache.
+REUSING = ("REUSE", "MIX")
+
+
+def make_plan(settings, guider, sampler, sigmas):
+    """The plan of a run under `settings` (CacheSettings), None when it has none.
+
+    sigmas: floats, as handed to the sampler.
+    """
+    plan = settings.plan
+    if plan is None or sampler_facts(sampler) is None:
+        return None
+    if isinstance(plan, MixSettings):
+        return MixPlan(plan, guider.model_patcher.get_model_object("model_sampling"), sampler_facts(sampler),
+                       sigmas, settings.jump is not None)
+    return PolicyPlan(plan, guider, sampler, sigmas)
+
+
+def planned_reuse(storage=StorageSettings()):
+    """ReuseSettings of plans: FRDiff's features, held as they were at the last key evaluation."""
+    return ReuseSettings({"branch": ALWAYS}, "hold", storage=storage)
+
+
+class MixPlan:
+    """FRDiff: keyframes, and between them the last score, reused features or a mix of both.
+
+    Samplers with several calls a step have their keyframe at the last one: errors of the first only
+    move the point that is probed. Where scores may not be held (may_jump), features are reused.
+    "automatic" holds scores throughout: at equal cost that was nearer to full sampling than the paper's
+    lambda on our models, whether they predict noise or velocity.
+    """
+
+    notes = ()
+
+    def __init__(self, settings, model_sampling, facts, sigmas, may_jump):
+        flow = isinstance(model_sampling, CONST)
+        if settings.mixing == "automatic":
+            settings = replace(settings, mixing="scores")
+        timestep = flow_timestep if flow else lambda sigma: model_sampling.timestep(_tensor(sigma, model_sampling))
+        self.schedule = MixSchedule(settings, model_sampling.percent_to_sigma, timestep, sigmas)
+        self.phase = facts.calls - 1
+        self.may_jump = may_jump
+        self.reuses = not may_jump or settings.mixing != "scores"
+
+    def at(self, evaluation):
+        """The Step of an evaluation."""
+        if evaluation.is_last or self.schedule.is_keyframe(evaluation, self.phase):
+            return FULL
+        share = self.schedule.share(evaluation) if self.may_jump else 1.0
+        return Step({0.0: "JUMP", 1.0: "REUSE"}.get(share, "MIX"), mix=share)
+
+
+class PolicyPlan:
+    """A policy, for the evaluations that this run will make.
+
+    notes: sentences on where this run is not what the policy was found for.
+    """
+
+    def __init__(self, policy, guider, sampler, sigmas):
+        facts, evaluations, found = sampler_facts(sampler), sigmas[:-1], policy.setup
+        self.notes = list(other_settings(found, guider, sampler))
+        if _other_cfg(found, guider):
+            policy = policy.without_weights()
+        # What lies between the sigmas of a sampler with more calls a step is known from calibration only.
+        usable = facts.calls == 1 or found.steps == len(evaluations)
+        if facts.calls == 1:
+            moved = policy.for_sigmas(evaluations)
+            self.notes += [other_grid(found, len(evaluations))] if moved is not policy else []
+            policy = moved
+        self.expected = list(zip(policy.sigmas, policy.steps)) if usable else []
+        self.reuses = any(step.action in REUSING for _, step in self.expected)
+
+    def at(self, evaluation):
+        """The Step of an evaluation; FULL where the run is not where the policy expects it."""
+        if evaluation.ordinal >= len(self.expected) or evaluation.is_last:
+            return FULL
+        sigma, step = self.expected[evaluation.ordinal]
+        return step if _near(evaluation.sigma, sigma) else FULL
+
+
+def other_settings(found, guider, sampler):
+    """Sentences on how a run differs from the Setup `found`, its evaluations aside."""
+    if _other_cfg(found, guider):
+        yield (f"the policy was found at cfg {found.cfg:g}, this run has {guider.cfg:g}: the weights that were fitted "
+               "to it are left out")
+    if not _is_sampler(found.sampler, sampler):
+        yield f"the policy was found with sampler {found.sampler}, this run has {sampler_name(sampler)}"
+
+
+def other_grid(found, steps):
+    """The sentence for a run of `steps` steps at other noise levels than those of the Setup `found`."""
+    if steps == found.steps:
+        return (f"the policy was found at other noise levels ({found.scheduler}): the nearest ones are computed, and "
+                "fitted weights are left out")
+    doubt = "; with so many fewer, find a policy for them: plain fewer steps may be as good" if (
+        steps < FEW * found.steps) else ""
+    return (f"the policy was found for {found.steps} steps, this run has {steps}: the nearest noise levels are "
+            f"computed, and fitted weights are left out{doubt}")
+
+
+def _other_cfg(found, guider):
+    cfg = getattr(guider, "cfg", None)
+    return cfg is not None and not math.isclose(cfg, found.cfg, abs_tol=1e-6)
+
+
+def _is_sampler(name, sampler):
+    """True when the host's sampler `name` (one of a KSampler's choices) is the function of `sampler`."""
+    known = name in comfy.samplers.SAMPLER_NAMES
+    return known and sampler_name(comfy.samplers.sampler_object(name)) == sampler_name(sampler)
+
+
+def _near(sigma, other):
+    return sigma > 0 and abs(math.log(sigma / other)) < NEAR
+
+
+def _tensor(sigma, model_sampling):
+    return model_sampling.sigmas.new_tensor(sigma)
