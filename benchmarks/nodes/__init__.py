@@ -1,11 +1,14 @@
-"""Nodes that measure: how many network rows a run costs, its seconds, and its pictures unrounded."""
+"""Nodes that measure: how many network rows and FLOPs a run costs, its seconds, and its pictures unrounded."""
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import folder_paths
 import numpy as np
+import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import ComfyExtension, io
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 KEY = "fastercache_benchmark"
 CATEGORY = "FasterCache/benchmark"
@@ -13,13 +16,21 @@ CATEGORY = "FasterCache/benchmark"
 # skips anywhere above - a step, a branch, or inside the network's own forward, as the host's EasyCache
 # does below APPLY_MODEL - never reaches it. So this one place counts every method alike.
 FIRST_PROJECTION = ("x_embedder", "img_in", "patch_embedding", "patchify_proj", "input_blocks.0.0")
+# Fused attention on the CPU, which torch's counter does not know.
+CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+                 lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
 
 
 class Counter:
-    """Counts the rows (pictures x branches) that enter the network while a model samples."""
+    """Counts the rows (pictures x branches) that enter the network while a model samples, and its FLOPs if asked.
 
-    def __init__(self):
-        self.rows, self.seconds = 0, 0.0
+    FLOPs are those of every matrix product, convolution and attention that torch really runs, the cache's
+    own among them. Counting slows a run down by a half or so.
+    """
+
+    def __init__(self, with_flops):
+        self.rows, self.flops, self.seconds = 0, 0, 0.0
+        self.with_flops = with_flops
 
     def count(self, module, args):
         """Forward pre-hook of the first projection."""
@@ -28,11 +39,14 @@ class Counter:
     def outer_sample(self, executor, *args, **kwargs):
         """OUTER_SAMPLE: one run, counted and timed."""
         hook = first_projection(executor.class_obj.model_patcher).register_forward_pre_hook(self.count)
+        mode = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) if self.with_flops else nullcontext()
         start = time.perf_counter()
         try:
-            return executor(*args, **kwargs)
+            with mode:
+                return executor(*args, **kwargs)
         finally:
             self.seconds += time.perf_counter() - start
+            self.flops += mode.get_total_flops() if self.with_flops else 0
             hook.remove()
 
 
@@ -52,15 +66,17 @@ class CountRows(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="CountRows", category=CATEGORY,
-            description="Counts the network rows that sampling with this model costs. Put it first, before any cache.",
+            description="Counts what sampling with this model costs. Put it first, before any cache.",
             inputs=[io.Model.Input("model", tooltip="The model to watch."),
                     io.Int.Input("run", default=0, min=0, max=2**31,
-                                 tooltip="Any number; a new one starts a new count and samples again.")],
+                                 tooltip="Any number; a new one starts a new count and samples again."),
+                    io.Boolean.Input("flops", default=False, optional=True,
+                                     tooltip="Count FLOPs too. The seconds of such a run mean nothing.")],
             outputs=[io.Model.Output("counted", tooltip="The same model, counting.")])
 
     @classmethod
-    def execute(cls, model, run):
-        model, counter = model.clone(), Counter()
+    def execute(cls, model, run, flops=False):
+        model, counter = model.clone(), Counter(flops)
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, counter.outer_sample)
         model.set_attachments(KEY, counter)
         return io.NodeOutput(model)
@@ -73,7 +89,7 @@ class RowCount(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="RowCount", category=CATEGORY, is_output_node=True,
-            description="Shows the network rows and the seconds of a run whose model came through CountRows.",
+            description="Shows the network rows, FLOPs and seconds of a run whose model came through CountRows.",
             inputs=[io.Model.Input("model", tooltip="The model that was sampled."),
                     io.Latent.Input("latent", tooltip="The sampler's result: the count is read after it.")],
             outputs=[io.Int.Output("rows", tooltip="Rows that went through the network.")])
@@ -81,7 +97,8 @@ class RowCount(io.ComfyNode):
     @classmethod
     def execute(cls, model, latent):
         counter = model.get_attachment(KEY)
-        return io.NodeOutput(counter.rows, ui={"rows": [counter.rows], "seconds": [counter.seconds]})
+        shown = {"rows": [counter.rows], "flops": [counter.flops], "seconds": [counter.seconds]}
+        return io.NodeOutput(counter.rows, ui=shown)
 
 
 class SaveArray(io.ComfyNode):

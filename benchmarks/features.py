@@ -1,0 +1,219 @@
+"""What feature reuse is worth: every depth with every forecast, in place of every second evaluation.
+
+Cost is counted FLOPs, because a row with features from the cache is cheaper than a full one. Beside
+each run stand the fewest plain steps that are not cheaper. Further runs keep the features in smaller
+dtypes, and put them beside skipped passes and steps ("balanced", begun later and later, is what
+skipping whole steps gives at those costs); at last `measured` and `hold` are timed in turn. `--bed`
+chooses the models. Writes output/features/BED.json, and docs/images/feature_depths.png of every bed
+that has one, and prints the tables.
+"""
+import argparse
+import json
+import math
+import statistics
+
+import matplotlib
+from benchmarks.cfg_cache import EQUAL, against, decibels, numbers, psnr, save
+from benchmarks.tools.comparison import BATCH, rotated, sample_each
+from benchmarks.tools.sampling import SEED, STEPS, Bench, Run
+from testbed.beds import BEDS
+from testbed.server import ROOT, Host, plain_errors
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+PROMPTS = 16
+FORECASTS = {"hold": "tab:blue", "linear": "tab:cyan", "constant": "tab:orange", "measured": "tab:green"}
+DEPTHS = {"attention": "o", "all attention": "^", "half of the blocks": "s", "all blocks": "D", "inside of a UNet": "v"}
+# What each model has: it would take a depth that it lacks for another one.
+OWN_DEPTHS = {"mmdit": ("attention", "half of the blocks", "all blocks"),
+              "unet": ("attention", "all attention", "inside of a UNet"),
+              "wan": ("attention", "all attention", "half of the blocks", "all blocks")}
+STARTS = (0.2, 0.4, 0.6)        # of "balanced", for its curve
+LATE = 0.12                     # start of "hold" at which it is first used where "measured" is, at the same cost
+TURNS = 5                       # of each run that is timed
+PICTURE = ROOT / "docs" / "images" / "feature_depths.png"
+OUTPUT = ROOT / "output" / "features"
+
+
+def reuse(depth, forecast="measured", preset="none", dtype="native", start=0.0, name=None):
+    """A run of FasterCache that reuses features."""
+    inputs = {"preset": preset, "feature_reuse": forecast, "reuse_depth": depth, "memory_dtype": dtype,
+              "start_percent": start}
+    return Run(name or f"{depth}, {forecast}", (("FasterCache", inputs),))
+
+
+def preset_run(preset, start=0.0):
+    """A run of FasterCache without feature reuse."""
+    return Run(f"{preset} from {start:g}" if start else preset,
+               (("FasterCache", {"preset": preset, "start_percent": start}),))
+
+
+def runs_of(bed):
+    """Every run on a bed but the plain ones."""
+    depths = OWN_DEPTHS[bed]
+    return [
+        *(reuse(depth, forecast) for depth in depths for forecast in FORECASTS),
+        *(reuse(depth, "hold", start=LATE, name=f"{depth}, hold, later") for depth in depths),
+        *(reuse(depths[-1], dtype=dtype, name=f"{depths[-1]}, measured, {dtype}") for dtype in ("fp16", "fp8")),
+        preset_run("exact-looking"),
+        reuse(depths[-1], preset="exact-looking", name=f"exact-looking + {depths[-1]}"),
+        *(preset_run("balanced", start) for start in (0.0, *STARTS)),
+        preset_run("fast"),
+    ]
+
+
+def sample_all(bench, runs, batches):
+    """{run name: results, one per batch}."""
+    results = {}
+    with tqdm(total=len(runs) * len(batches), unit="run", disable=None) as bar:
+        for i, batch in enumerate(batches):
+            for name, result in sample_each(bench, runs, batch, SEED + i, bar):
+                results.setdefault(name, []).append(result)
+    return results
+
+
+def cost_of(bench, run, results, batches):
+    """FLOPs of a run as a share of full sampling's.
+
+    Without feature reuse they go with the rows. With it they are counted: on one picture, for a schedule
+    that does not look at the pictures, else on all.
+    """
+    inputs = run.nodes[0][1]
+    if "feature_reuse" not in inputs:
+        return sum(r.rows for r in results[run.name]) / sum(r.rows for r in results["full"])
+    seen = [batches[0][:1]] if inputs["preset"] == "none" else batches
+    full, mine = (sum(count_flops(bench, which, prompts, SEED + i) for i, prompts in enumerate(some))
+                  for which, some in ((Run("full"), seen[:1]), (run, seen)))
+    return mine / full / len(seen)
+
+
+def count_flops(bench, run, prompts, seed):
+    """Counted FLOPs of a run. Counting slows it down, so that its seconds mean nothing."""
+    graph = bench.workflow(run, prompts, seed)
+    graph["model"]["inputs"]["flops"] = True
+    return bench.host.run(graph)["count"]["flops"][0]
+
+
+def sample_bed(bench, runs, batches):
+    """({run name: cost}, {run name: results, one per batch}) of full sampling, the runs and their controls."""
+    results = sample_all(bench, [Run("full"), *runs], batches)
+    cost = {run.name: cost_of(bench, run, results, batches) for run in runs}
+    return cost, results | sample_all(bench, plain_runs(cost.values()), batches)
+
+
+def plain_steps(cost):
+    """The fewest plain steps that are not cheaper."""
+    return math.ceil(cost * STEPS - 1e-3)
+
+
+def plain_runs(costs):
+    """A control for each cost, each once."""
+    return [Run(plain_name(steps), steps=steps) for steps in sorted({*map(plain_steps, costs)} - {STEPS})]
+
+
+def plain_name(steps):
+    """The run of so many plain steps."""
+    return "full" if steps == STEPS else f"{steps} steps"
+
+
+def describe(cost, results):
+    """Every run of a bed with what it gains, picture by picture, over fewer steps at its cost."""
+    return [described(name, mine, results, cost) for name, mine in results.items()]
+
+
+def described(name, mine, results, cost):
+    """One run; pictures that equal full sampling's are not in its means. A plain run costs its steps; one that
+    saves less than a step has no control."""
+    report = mine[0].report or {"totals": {"peak_cache_bytes": {}}, "notes": []}
+    values = psnr(results, name)
+    entry = {"name": name, **numbers("psnr", values[values < EQUAL]), "notes": report["notes"],
+             "MB": sum(report["totals"]["peak_cache_bytes"].values()) / 1e6}
+    if name not in cost:
+        return entry | {"cost": 1.0 if name == "full" else int(name.split()[0]) / STEPS}
+    plain = plain_name(plain_steps(cost[name]))
+    gain = against(results, name, plain, "gain") if plain != "full" else {}
+    return entry | {"cost": cost[name], "plain": plain} | gain
+
+
+def timed(bench, depth, prompts):
+    """Seconds of `measured` over those of `hold` at the same cost: median of pairs that take turns to be first."""
+    hold, ratios = f"{depth}, hold, later", []
+    for turn in range(TURNS):
+        pair = rotated([reuse(depth, "hold", start=LATE, name=hold), reuse(depth)], turn % 2 / 2)
+        seconds = {run.name: bench.sample(run, prompts).seconds for run in pair}
+        ratios.append(seconds[f"{depth}, measured"] / seconds[hold])
+    return statistics.median(ratios)
+
+
+def table(runs):
+    """The runs of a bed for a person."""
+    lines = ["run                              cost  PSNR dB        fewer steps    gain           ahead      MB"]
+    plain = {run["name"]: run for run in runs}
+    for run in runs:
+        if "plain" in run:
+            ahead = f"{run['gain_ahead']} of {run['gain_pictures']}" if "gain" in run else ""
+            lines.append(f"{run['name']:<32} {run['cost']:5.3f}  {decibels(run, 'psnr'):<14} "
+                         f"{decibels(plain[run['plain']], 'psnr'):<14} {decibels(run, 'gain'):<14} "
+                         f"{ahead:<9} {run['MB']:6.1f}  {'; '.join(run['notes'])}".rstrip())
+    return "\n".join(lines)
+
+
+def picture():
+    """Draw docs/images/feature_depths.png from what is in output/features."""
+    found = {bed: json.loads(file.read_text()) for bed in BEDS if (file := OUTPUT / f"{bed}.json").is_file()}
+    figure, panels = plt.subplots(1, len(found), figsize=(4.2 * len(found), 4.6), squeeze=False,
+                                  constrained_layout=True)
+    for panel, (bed, summary) in zip(panels[0], found.items()):
+        draw(panel, bed, {run["name"]: run for run in summary["runs"] if run["psnr"] is not None})
+    lines = [plt.Line2D([], [], color=c, label=n, lw=3) for n, c in FORECASTS.items()]
+    lines += [plt.Line2D([], [], color="gray", marker=m, ls="", label=n) for n, m in DEPTHS.items()]
+    lines += [plt.Line2D([], [], color="black", label="fewer steps"),
+              plt.Line2D([], [], color="tab:red", ls="--", label="steps skipped (balanced, begun later)")]
+    figure.legend(handles=lines, loc="outside lower center", ncols=4, fontsize=9)
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    save(figure, PICTURE)
+
+
+def draw(panel, bed, runs):
+    """One bed: closeness to full sampling against cost."""
+    for wanted, line in ((" steps", "k-"), ("balanced", "r--")):
+        points = sorted((run["cost"], run["psnr"]) for name, run in runs.items() if wanted in name)
+        panel.plot(*zip(*points), line, lw=1.5)
+    for depth in OWN_DEPTHS[bed]:
+        for forecast, colour in FORECASTS.items():
+            run = runs[f"{depth}, {forecast}"]
+            panel.plot(run["cost"], run["psnr"], DEPTHS[depth], color=colour, ms=8, alpha=0.85, mec="none")
+    panel.set(title=BEDS[bed].model, xlabel="cost (counted FLOPs)", ylabel="PSNR to full sampling, dB")
+    panel.grid(alpha=0.3)
+
+
+def measure(host, bed):
+    """Everything about one bed; writes its summary and prints its table."""
+    prompts = BEDS[bed].prompts("report")[:PROMPTS]
+    batches = [prompts[i:i + BATCH] for i in range(0, PROMPTS, BATCH)]
+    bench = Bench(host, bed)
+    bench.sample(Run("warm-up", steps=2), batches[0])  # loads the model
+    runs = describe(*sample_bed(bench, runs_of(bed), batches))
+    ratio = timed(bench, OWN_DEPTHS[bed][0], batches[0])
+    (OUTPUT / f"{bed}.json").write_text(json.dumps({"bed": bed, "runs": runs, "measured_over_hold": ratio}, indent=1))
+    print(f"\n{bed}\n{table(runs)}\nseconds of measured over hold, {OWN_DEPTHS[bed][0]}: {ratio:.3f}", flush=True)
+
+
+def main():
+    """Measure the chosen beds and draw the figure."""
+    parser = argparse.ArgumentParser(prog="dev.py bench features")
+    parser.add_argument("--bed", choices=list(BEDS), action="append", help="a model; may be repeated (default: all)")
+    beds = parser.parse_args().bed or list(BEDS)
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    with Host(threads=2) as host:
+        for bed in beds:
+            measure(host, bed)
+    picture()
+    print(f"\nSummaries: {OUTPUT}; figure: {PICTURE}")
+
+
+if __name__ == "__main__":
+    with plain_errors():
+        main()

@@ -1,0 +1,41 @@
+"""Arithmetic of error against cost: means with their uncertainty, and how far apart two frontiers are."""
+import numpy as np
+
+EQUAL = 100.0  # dB, in place of infinity
+
+
+def interval(values):
+    """Mean, half the width of its 95% interval and the least of `values`; the half width is 0 for one value."""
+    values = np.asarray(values, dtype=float)
+    half = 1.96 * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+    return float(values.mean()), float(half), float(values.min())
+
+
+def frontier(points):
+    """The points (cost, dB) that no other one beats in both, by rising cost."""
+    best, kept = -np.inf, []
+    for cost, decibels in sorted(points, key=lambda point: (point[0], -point[1])):
+        if decibels > best:
+            best = decibels
+            kept.append((cost, decibels))
+    return kept
+
+
+def area(ours, control):
+    """(area, width): dB times cost between two frontiers, over the costs that both of them span.
+
+    ours, control: points (cost, dB). The area is positive where ours lies above; (0, 0) where they do
+    not overlap.
+    """
+    (x, y), (u, v) = (np.array(frontier(points), dtype=float).T for points in (ours, control))
+    low, high = max(x[0], u[0]), min(x[-1], u[-1])
+    if high <= low:
+        return 0.0, 0.0
+    costs = np.unique(np.concatenate([[low, high], *(c[(c > low) & (c < high)] for c in (x, u))]))
+    return float(np.trapezoid(np.interp(costs, x, y) - np.interp(costs, u, v), costs)), float(high - low)
+
+
+def at_cost(points, cost):
+    """dB of a frontier at `cost`, None beyond its ends."""
+    costs, decibels = np.array(frontier(points), dtype=float).T
+    return float(np.interp(cost, costs, decibels)) if costs[0] <= cost <= costs[-1] else None
