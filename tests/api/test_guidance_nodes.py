@@ -66,6 +66,11 @@ def ksampler(model, kind="KSampler", seed=SEED, steps=STEPS, **inputs):
                 positive=["positive", 0], negative=["negative", 0], latent_image=["empty", 0], denoise=1.0, **inputs)
 
 
+def our_ksampler(graphs, **inputs):
+    """FasterCacheKSampler, sampling as `ksampler` does, otherwise with its defaults."""
+    return graphs.ours("FasterCacheKSampler", **{**ksampler("model")["inputs"], **inputs})
+
+
 @pytest.fixture(scope="module")
 def full(graphs):
     """The picture in full by the host's own KSampler, and another seed's."""
@@ -103,9 +108,7 @@ def test_our_guider_in_sampler_custom_advanced(graphs, full, interval, rows):
 
 def test_our_ksampler_shows_its_report_as_text(graphs, full):
     graph = graphs.before()
-    choices = {name: value for name, value in graphs.bench.defaults("FasterCacheKSampler").items()
-               if name in ("start_percent", "end_percent", "attention_reuse")}
-    graph["sample"] = ksampler("model", "FasterCacheKSampler", preset="paper", **choices)
+    graph["sample"] = our_ksampler(graphs, preset="paper")
     graph["text"] = node("PreviewAny", source=["sample", 1])
     picture, rows, outputs = graphs.run(graph, ["sample", 0])
     [text] = outputs["text"]["text"]
@@ -116,8 +119,7 @@ def test_our_ksampler_shows_its_report_as_text(graphs, full):
 
 def test_our_ksampler_with_nothing_to_skip_is_the_hosts_own(graphs, full):
     graph = graphs.before()
-    graph["sample"] = ksampler("model", "FasterCacheKSampler", preset="none", start_percent=0.0, end_percent=1.0,
-                               attention_reuse="as preset")
+    graph["sample"] = our_ksampler(graphs, preset="none")
     graph["text"] = node("PreviewAny", source=["sample", 1])
     picture, rows, outputs = graphs.run(graph, ["sample", 0])
     assert np.array_equal(picture, full[0]) and rows == 2 * STEPS

@@ -63,6 +63,15 @@ OWN_NOTE = """\
 3. Bypass **FasterCache** (Ctrl+B) and run again with the same seed to see the full picture.
 
 If the picture changes too much: preset `exact-looking`, or a higher `start_percent`. Use 20 steps or more."""
+FIND_NOTE = """\
+## Which steps does your own model need?
+1. Choose {file} in **Load Checkpoint**, or any other that you have.
+2. Press **Run**. **Auto-FR** samples a few pictures in full and finds a policy; that takes the time of about \
+two samplings and happens once. **FRDiff** then follows it.
+3. Change **Positive** or the seed of **KSampler** as you like: the policy stays. It is also in \
+`output/fastercache`, for **FasterCache Policy Load**.
+
+Keep steps, cfg, sampler and scheduler the same in **Auto-FR** and **KSampler**."""
 
 
 def demo():
@@ -77,7 +86,7 @@ def demo():
         "latent": node("EmptySD3LatentImage", [0, 820], size=[340, 106], width=128, height=128, batch_size=4),
         "seed": node("PrimitiveInt", [0, 980], title="Seed for both", size=[340, 82], value=20,
                      control_after_generate="fixed"),
-        "cache": node("FasterCache", [400, 0], size=[300, 190], model=("load", 0)),
+        "cache": node("FasterCache", [400, 0], size=[300, 350], model=("load", 0)),
         "sample": sampler([760, 0], "With FasterCache", ("cache", 0), ("seed", 0), **sampling),
         "sample full": sampler([760, 560], "In full", ("load", 0), ("seed", 0), **sampling),
         "decode": node("EmojiDecode", [1090, 0], size=[210, 58], samples=("sample", 0), scale=4),
@@ -101,7 +110,7 @@ def text_to_image(checkpoint, model, latent, sampling, prefix, between=()):
         "negative": node("CLIPTextEncode", [420, 600], title="Negative", size=[360, 110], clip=("load", 1),
                          text="blurry, low quality"),
         "latent": node(latent, [420, 770], size=[360, 106], width=1024, height=1024, batch_size=1),
-        "cache": node("FasterCache", [840, 0], size=[300, 190], model=model),
+        "cache": node("FasterCache", [840, 0], size=[300, 350], model=model),
         "sample": sampler([1200, 400], None, ("cache", 0), 20, denoise=1.0, **sampling),
         "decode": node("VAEDecode", [1550, 400], size=[210, 46], samples=("sample", 0), vae=("load", 2)),
         "save": node("SaveImage", [1820, 400], size=[460, 480], images=("decode", 0), filename_prefix=prefix),
@@ -123,7 +132,34 @@ def sd35():
                          "FasterCache", [("shift", shift)])
 
 
-GRAPHS = {"FasterCache demo": demo, "FasterCache SDXL": sdxl, "FasterCache SD3.5": sd35}
+def auto_fr():
+    """SDXL with the policy that Auto-FR finds for it."""
+    checkpoint = "sd_xl_base_1.0.safetensors"
+    sampling = {"steps": 30, "cfg": 7.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+    prompts = {"positive": ("typical", 0), "negative": ("negative", 0), "latent_image": ("latent", 0)}
+    return {
+        "note": note([0, 0], [360, 440], FIND_NOTE.format(file=f"`{checkpoint}`")),
+        "load": node("CheckpointLoaderSimple", [0, 500], size=[360, 98], ckpt_name=checkpoint),
+        "typical": node("CLIPTextEncode", [420, 0], title="A typical prompt", size=[360, 140], clip=("load", 1),
+                        text="a market street in the rain, people with umbrellas, reflections, detailed photograph"),
+        "positive": node("CLIPTextEncode", [420, 500], title="Positive", size=[360, 140], clip=("load", 1), text=PHOTO),
+        "negative": node("CLIPTextEncode", [420, 700], title="Negative", size=[360, 110], clip=("load", 1),
+                         text="blurry, low quality"),
+        "latent": node("EmptyLatentImage", [420, 870], size=[360, 106], width=1024, height=1024, batch_size=1),
+        "find": node("FasterCacheAutoFR", [840, 0], size=[340, 430], model=("load", 0), seed=1000,
+                     control_after_generate="fixed", budget=0.5, **prompts, **sampling),
+        "cache": node("FasterCacheFRDiff", [840, 500], size=[340, 400], model=("load", 0), policy=("find", 0)),
+        "sample": sampler([1240, 500], None, ("cache", 0), 20, **sampling),
+        "decode": node("VAEDecode", [1580, 500], size=[210, 46], samples=("sample", 0), vae=("load", 2)),
+        "save": node("SaveImage", [1850, 500], size=[460, 480], images=("decode", 0), filename_prefix="FasterCache"),
+        "curve": node("PreviewImage", [1240, 0], title="Error at every cost", size=[480, 430], images=("find", 2)),
+        "keep": node("FasterCachePolicySave", [1780, 0], size=[370, 230], policy=("find", 0), filename="SDXL euler 30"),
+        "report": node("FasterCacheReport", [2210, 0], size=[560, 430], model=("cache", 0), latent=("sample", 0)),
+    }
+
+
+# The demo last: it is run, and the page keeps its pictures for nodes of the same number.
+GRAPHS = {"FasterCache SDXL": sdxl, "FasterCache SD3.5": sd35, "FasterCache Auto-FR": auto_fr, "FasterCache demo": demo}
 
 
 @pytest.fixture(scope="module")

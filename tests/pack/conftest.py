@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACK = "fastercache_pack"
-HOST_LISTS = ("sampler_name", "scheduler")  # the host translates these options itself
+# Options that are not the pack's to translate: the host's own, and the user's files.
+HOST_LISTS = ("sampler_name", "scheduler", "filename")
 
 if PACK not in sys.modules:
     spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])

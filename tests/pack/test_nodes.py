@@ -1,5 +1,6 @@
 """What saved workflows and other programs rely on: ids, and texts for every input and output."""
-PRESET = "preset start_percent end_percent attention_reuse"
+STORAGE = "memory_gb memory_device memory_dtype"
+PRESET = f"preset closeness start_percent end_percent feature_reuse reuse_depth {STORAGE}"
 GUIDANCE = ("interval tolerance forecast weights start_percent end_percent radius bands "
             "alpha_low alpha_high switch_percent")
 IDS = {
@@ -8,6 +9,12 @@ IDS = {
     "FasterCacheGuider": (f"model positive negative cfg {GUIDANCE}", "guider"),
     "FasterCacheKSampler": ("model seed steps cfg sampler_name scheduler positive negative latent_image denoise "
                             f"{PRESET}", "latent report"),
+    "FasterCacheFRDiff": ("model policy interval score_mixing bias slope other_model start_percent end_percent "
+                          f"{STORAGE}", "cached_model"),
+    "FasterCacheAutoFR": ("model positive negative latent_image seed steps cfg sampler_name scheduler denoise budget "
+                          "method pictures features", "policy report curve"),
+    "FasterCachePolicySave": ("policy filename", "path"),
+    "FasterCachePolicyLoad": ("filename", "policy text"),
     "FasterCacheReport": ("model latent", "chart text json"),
     "FasterCacheCompare": ("reference other", "psnr ssim difference text"),
 }

@@ -15,7 +15,8 @@ FLAGGED = re.compile(r"""
     \b(subprocess|marshal|pickle|sqlite3)\b | os\.(system|popen|environ|getenv) | \bgetenv\(
     | requests\.\w+\( | \burllib\b | \baiohttp\b | socket\.socket | \.(connect|bind|send|sendall|recv)\(
     | import_module | __import__ | (?<![\w.])(eval|exec|compile)\( | raw\.githubusercontent
-    | \.cuda\( | ["']cuda["'] | torch\.(autocast|load)\b | empty_cache | basicConfig | sys\.path
+    | \.cuda\( | (?<!\.type\ [!=]=\ )["']cuda["'] | torch\.(autocast|load)\b | (?<!soft_)empty_cache
+    | basicConfig | sys\.path
     """, re.VERBOSE)
 
 

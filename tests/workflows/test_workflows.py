@@ -29,7 +29,7 @@ def test_the_server_accepts_all_but_weights_that_are_not_there(host, title):
     prompt = twin(title)
     for node in prompt.values():
         if "steps" in node["inputs"]:
-            node["inputs"]["steps"] = 3
+            node["inputs"]["steps"] = 4
     own = any(OWN_WEIGHTS in node["inputs"] for node in prompt.values())
     try:
         host.run(prompt)
