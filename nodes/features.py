@@ -24,7 +24,7 @@ def middle(span, start, end):
 # are so large that one evaluation with features from the cache costs more there than all others together.
 DEPTHS = {
     "attention": lambda span: {"self": Interval(2, middle(span, 0.0, 0.9))},
-    "all attention": lambda span: dict.fromkeys(("self", "temporal", "cross"), Interval(2, middle(span, 0.0, 0.9))),
+    "all attention": lambda span: dict.fromkeys(("self", "cross"), Interval(2, middle(span, 0.0, 0.9))),
     "half of the blocks": lambda span: {"rear": Interval(2, middle(span, 0.0, 0.5)),
                                         "front": Interval(2, middle(span, 0.5, 0.9))},
     "all blocks": lambda span: {"stack": Interval(2, middle(span, 0.0, 0.9))},
