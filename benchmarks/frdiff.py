@@ -103,9 +103,9 @@ def plain_steps(cost, steps):
 def described(name, results, cost, steps):
     """One run: its cost, and how near it is to full sampling and to the converged solution."""
     price = cost[name] if name in cost else 1.0 if name in FIXED else int(name.split()[0]) / steps
-    other = {**results, "full": results["converged"]}
+    other = {"full": results["converged"], "mine": results[name]}
     entry = {"name": name, "cost": price, **numbers("psnr", psnr(results, name)),
-             **numbers("converged", psnr(other, name)), "report": results[name][0].report}
+             **numbers("converged", psnr(other, "mine")), "report": results[name][0].report}
     if name in cost:
         plain = plain_steps(cost[name], steps)
         entry |= against(results, name, "full" if plain == steps else f"{plain} steps", "gain")

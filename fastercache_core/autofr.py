@@ -11,7 +11,7 @@ differentiated a hundred times: x is then a weighted sum of recorded outputs, an
 x_ref follows from their inner products, in seconds and on any size of model. And two values are
 remembered, so that a skipped evaluation is a line through them instead of a held value. Theta starts from
 random values: from equal ones, and without the noise of changing batches, all gates close at once. And
-of all gates tried the best ones are kept, not the last.
+of all gates tried on the way, with every weight, the best ones at each cost are kept, not the last.
 """
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from .calibration import rms
 from .policy import Point
 
 # From nearly everything computed to nearly nothing, for latents of size one.
-WEIGHTS = tuple(10.0 ** (k / 2 - 7) for k in range(13))
+WEIGHTS = tuple(10.0 ** (k / 4 - 7) for k in range(25))
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,16 @@ class AutoFRSettings:
 
 
 def find_points(reference, losses, settings=AutoFRSettings()):
-    """One policy for each weight of the penalty: a list of Point, cheapest first, without weights.
+    """The best policies met in training at each cost: a list of Point, cheapest first, without weights.
 
     reference: calibration.Reference; losses: calibration.Losses of it, whose first forecast is used.
     """
     size = rms(reference.x[-1] - reference.slope[-1] * reference.sigmas[-1])
     with torch.inference_mode(False), torch.enable_grad():  # the host runs its nodes without gradients
         products = torch.from_numpy(forecast_products(losses)) / size ** 2
-        alphas, errors = train(products, losses.sigmas, losses.effects, settings)
-    found = {tuple(alpha): error for alpha, error in zip(alphas.tolist(), errors.tolist())}
+        found = train(products, losses.sigmas, losses.effects, settings)
     points = [Point(error, losses.steps(["FULL" if gate > 0.5 else losses.forecasts[0] for gate in alpha]))
-              for alpha, error in found.items()]
+              for error, alpha in found.values()]
     return _falling(points)
 
 
@@ -60,7 +59,7 @@ def forecast_products(losses):
 
 
 def train(products, sigmas, effects, settings=AutoFRSettings()):
-    """Gates [weights, n], 0 or 1, for every one of WEIGHTS, and the error left [weights], root mean square.
+    """{number of open gates: (error left, root mean square; gates, 0 or 1)}, the best that were tried.
 
     products: tensor [n, n] of inner products of the outputs; sigmas, effects: n floats, effects turn an
     error of an output into one of the final latent.
@@ -69,20 +68,19 @@ def train(products, sigmas, effects, settings=AutoFRSettings()):
     theta = torch.randn(len(weights), len(sigmas) - 2, generator=torch.Generator().manual_seed(0), dtype=weights.dtype)
     theta = (settings.start + settings.spread * theta).requires_grad_()
     optimizer = torch.optim.Adam([theta], lr=settings.rate)
-    best, kept, left = torch.full_like(weights, float("inf")), gates(theta.detach()), torch.zeros_like(weights)
+    best = {}
     for _ in range(settings.iterations):
         alpha = gates(theta)
         error = squared_error(alpha, products, sigmas, effects)
-        worth = (error + weights * alpha.sum(1)).detach()
-        better = worth < best
-        best = torch.where(better, worth, best)
-        kept = torch.where(better[:, None], alpha.detach(), kept)
-        left = torch.where(better, error.detach(), left)
+        for own, tried in zip(error.tolist(), alpha.tolist()):
+            count = round(sum(tried))
+            if count not in best or own < best[count][0]:
+                best[count] = own, tried
         loss = error + weights * torch.relu(2 * theta.sigmoid() - 1).sum(1)
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
-    return kept, left.clamp_min(0.0).sqrt()
+    return {count: (max(own, 0.0) ** 0.5, tried) for count, (own, tried) in best.items()}
 
 
 def gates(theta):
