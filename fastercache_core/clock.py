@@ -28,6 +28,7 @@ class Evaluation:
     progress: float
     is_last: bool
     step: float = 0.0
+    following: tuple = ()
 
 
 class Clock:
@@ -48,5 +49,5 @@ class Clock:
         index = max(sum(s >= sigma * (1 - GRID_TOLERANCE) for s in self.grid) - 1, 0)
         progress = index / max(len(self.grid) - 1, 1)
         is_last = sigma <= self.grid[-1] * (1 + GRID_TOLERANCE)
-        following = next((s for s in [*self.grid, self.end] if s < sigma * (1 - GRID_TOLERANCE)), self.end)
-        return Evaluation(self.ordinal, sigma, progress, is_last, sigma - following)
+        following = tuple(s for s in [*self.grid, self.end] if s < sigma * (1 - GRID_TOLERANCE)) or (self.end,)
+        return Evaluation(self.ordinal, sigma, progress, is_last, sigma - following[0], following)

@@ -45,28 +45,26 @@ class ErrorEstimate:
         self.pending = None
         self.measured = float("inf")
 
-    def observe(self, forecast, true, unit, nodes, sigma):
-        """Compare a forecast with the truth.
+    def observe(self, history, sigma, true, unit):
+        """Compare the forecast of a History at `sigma` with the truth, if it is ready for one.
 
-        forecast, true: [batch, ...]; unit: [batch], turns their difference into a relative error of
-        the latent's slope. nodes: sigmas the forecast was made from, newest first; sigma: where.
+        true: [batch, ...]; unit: [batch], turns an error into a relative one of the latent's slope.
         """
-        error = (rms(forecast - true) * unit).max()
-        self.pending = error, node_product(nodes, sigma)
+        if history.ready:
+            error = (rms(history.at(sigma) - true) * unit).max()
+            self.pending = error, node_product(history.nodes, sigma)
 
     def effect(self, nodes, evaluation):
         """Foreseen relative change of the latent when `evaluation` is forecast from `nodes`, a float.
 
         Infinite before anything was observed.
         """
-        return self.rate * evaluation.step * node_product(nodes, evaluation.sigma)
+        return self._rate() * evaluation.step * node_product(nodes, evaluation.sigma)
 
-    @property
-    def rate(self):
+    def _rate(self):
         """Error of the latent's slope for one unit of the node polynomial, a float.
 
-        Infinite before anything was observed. Reads one number from the device, at a moment when
-        the host has waited for it anyway.
+        Reads one number from the device, at a moment when the host has waited for it anyway.
         """
         if self.pending is not None:
             self.measured, self.pending = float(self.pending[0]) / self.pending[1], None

@@ -67,7 +67,8 @@ def band_edges(settings):
 class GuidanceCache:
     """CFG-Cache during one run, for one unconditional branch."""
 
-    def __init__(self, settings, percent_to_sigma):
+    def __init__(self, settings, percent_to_sigma, error=None):
+        """error: what watches the forecasts, an ErrorEstimate (None: a new one) or a Foresight."""
         self.settings = settings
         self.schedule = IntervalSchedule(settings.interval, percent_to_sigma)
         self.history = make_history(settings.forecast)
@@ -77,7 +78,7 @@ class GuidanceCache:
         self.low_window = settings.low_window.sigmas(percent_to_sigma)
         self.high_window = settings.high_window.sigmas(percent_to_sigma)
         self.weights = (1.0, 1.0)
-        self.error = ErrorEstimate()
+        self.error = error or ErrorEstimate()
         self.correction = Correction()
 
     def may_estimate(self, evaluation):
@@ -87,11 +88,10 @@ class GuidanceCache:
     def observe(self, evaluation, difference, unit=None):
         """Remember the difference uncond - cond of a full evaluation, in output space.
 
-        unit: see ErrorEstimate.observe; None when no gate asks what forecasts are worth.
+        unit: see ErrorEstimate.observe; None when nobody asks what forecasts are worth.
         """
-        if unit is not None and self.history.ready:
-            forecast = self.history.at(evaluation.sigma)
-            self.error.observe(forecast, difference, unit, self.history.nodes, evaluation.sigma)
+        if unit is not None:
+            self.error.observe(self.history, evaluation.sigma, difference, unit)
         bands = split(difference, self.edges) if self.in_bands else (difference,)
         self.history.push(evaluation.sigma, bands)
         self.schedule.computed(evaluation)

@@ -25,10 +25,11 @@ class JumpSettings:
 class JumpCache:
     """The conditional branch's output and its forecast, during one run."""
 
-    def __init__(self, settings, percent_to_sigma):
+    def __init__(self, settings, percent_to_sigma, error=None):
+        """error: what watches the forecasts, an ErrorEstimate (None: a new one) or a Foresight."""
         self.schedule = IntervalSchedule(settings.interval, percent_to_sigma)
         self.history = make_history(settings.forecast)
-        self.error = ErrorEstimate()
+        self.error = error or ErrorEstimate()
         self.correction = Correction()
         self.in_bands = settings.forecast == "measured"
 
@@ -39,10 +40,10 @@ class JumpCache:
     def observe(self, evaluation, cond, unit=None):
         """Remember the conditional output of a computed evaluation, in output space.
 
-        unit: see ErrorEstimate.observe; None when no gate asks what forecasts are worth.
+        unit: see ErrorEstimate.observe; None when nobody asks what forecasts are worth.
         """
-        if unit is not None and self.history.ready:
-            self.error.observe(self.cond(evaluation), cond, unit, self.history.nodes, evaluation.sigma)
+        if unit is not None:
+            self.error.observe(self.history, evaluation.sigma, cond, unit)
         bands = split(cond, (RADIUS,)) if self.in_bands else (cond,)
         self.history.push(evaluation.sigma, bands)
         self.schedule.computed(evaluation)

@@ -70,7 +70,7 @@ class MeasuredHistory(History):
         """Weight of every value in the forecast at `sigma`, tensor [1 or batch, bands, nodes]."""
         terms = numbers(term_weights(self.nodes, sigma), self.stack)
         if self.gains is None:
-            return (numbers([1.0, *PRIOR], self.stack) @ terms).expand(1, self.stack.shape[1], -1)
+            return (numbers([1.0, *PRIOR][:len(terms)], self.stack) @ terms).expand(1, self.stack.shape[1], -1)
         return self.gains @ terms
 
     def _learn(self, sigma, bands):

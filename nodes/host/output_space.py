@@ -28,12 +28,12 @@ class OutputSpace:
         """The denoised latent of a network output, same shape."""
         return self._denoised(output)
 
-    def unit(self, denoised):
-        """What turns an error of the output into a relative one of the latent's slope, [batch].
+    def unit(self, latent):
+        """What turns an error of the output into one of the slope (x - denoised) / sigma, relative to `latent`.
 
-        The slope is (x - denoised) / sigma; relative is to the root mean square of `denoised`.
+        latent: [batch, ...], measured by its root mean square. Returns [batch].
         """
-        return self.scale.flatten().abs() / (self.sigma * rms(denoised)).clamp_min(1e-9)
+        return self.scale.flatten().abs() / (self.sigma * rms(latent)).clamp_min(1e-9)
 
     def weight(self, evaluation):
         """How far an Euler step from `evaluation` moves the latent for one unit of output, [batch, 1, ...]."""

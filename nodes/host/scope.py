@@ -2,8 +2,8 @@
 
 A run has one scope, or one per context window of a long video.
 """
-from ...fastercache_core.auto import Rhythm
-from ...fastercache_core.gate import Gate
+from ...fastercache_core.auto import Foresight, Rhythm
+from ...fastercache_core.gate import ErrorEstimate, Gate
 from ...fastercache_core.guidance import GuidanceCache
 from ...fastercache_core.jump import JumpCache
 from ...fastercache_core.mixing import mix
@@ -24,7 +24,8 @@ class Scope:
         self.rhythm = Rhythm(settings.auto, percent_to_sigma, self.corrects) if settings.auto else None
         self.guidance_scale = guidance_scale
         self.percent_to_sigma = percent_to_sigma
-        self.jump = JumpCache(settings.jump, percent_to_sigma) if settings.jump else None
+        self.watch = Foresight if settings.auto else ErrorEstimate
+        self.jump = JumpCache(settings.jump, percent_to_sigma, self.watch()) if settings.jump else None
         self.differences = {}
         self.gates = {Action.JUMP: Gate(settings.gate), Action.ESTIMATE: Gate(settings.gate)}
         self.seen = None
@@ -50,7 +51,7 @@ class Scope:
             else:
                 action = Action.FULL
             if not (planned and reused):
-                self._observe(evaluation, outputs, reference, active, space)
+                self._observe(evaluation, outputs, reference, active, space, x)
             if self.corrects and reference in active:
                 outputs = self._correct(evaluation, outputs, reference, others, space)
         else:
@@ -92,9 +93,9 @@ class Scope:
     def _in_rhythm(self, evaluation, known):
         """The action of the automatic mode: JUMP, or ESTIMATE where this sampler allows no JUMP."""
         methods = [*([self.jump] if self.jump else []), *known]
-        if not methods or not all(m and m.history.ready for m in methods):
+        if not methods or not all(m and len(m.history.nodes) > 1 for m in methods):
             return Action.FULL
-        if not self.rhythm.may_skip(evaluation, (m.error.rate for m in methods)):
+        if not self.rhythm.may_skip(evaluation, [m.error for m in methods]):
             return Action.FULL
         return Action.JUMP if self.jump else Action.ESTIMATE
 
@@ -117,7 +118,7 @@ class Scope:
             outputs, _ = run_branches([c if i == reference else None for i, c in enumerate(conds)])
             cond = outputs[reference]
             if not planned:
-                self._observe_reference(evaluation, cond, space)
+                self._observe_reference(evaluation, cond, space, x)
         outputs = [cond.new_zeros(cond.shape) if i not in (reference, *others) else cond
                    for i in range(len(conds))]  # the host leaves inactive branches at zero
         for i in others:
@@ -151,26 +152,26 @@ class Scope:
         return [mix(outputs[i], held[i], planned.mix) if i in (reference, *others) else output
                 for i, output in enumerate(outputs)]
 
-    def _observe(self, evaluation, outputs, reference, active, space):
+    def _observe(self, evaluation, outputs, reference, active, space, x):
         if reference not in active:
             return
         cond = outputs[reference]
-        self._observe_reference(evaluation, cond, space)
+        self._observe_reference(evaluation, cond, space, x)
         if self.rhythm:
             self.rhythm.computed(evaluation)
-        unit = space.unit(cond) * abs(self.guidance_scale - 1) if self.measures else None
+        unit = space.unit(x if self.rhythm else cond) * abs(self.guidance_scale - 1) if self.measures else None
         for i in active if self.settings.guidance else ():
             if i != reference:
                 self._difference(i).observe(evaluation, space.difference(outputs[i], cond), unit)
 
-    def _observe_reference(self, evaluation, cond, space):
+    def _observe_reference(self, evaluation, cond, space, x):
         if self.jump:
-            unit = space.unit(cond) if self.measures else None
+            unit = space.unit(x if self.rhythm else cond) if self.measures else None
             self.jump.observe(evaluation, space.output(cond), unit)
 
     def _difference(self, index):
         if index not in self.differences:
-            self.differences[index] = GuidanceCache(self.settings.guidance, self.percent_to_sigma)
+            self.differences[index] = GuidanceCache(self.settings.guidance, self.percent_to_sigma, self.watch())
         return self.differences[index]
 
     def _forget_if_changed(self, evaluation, conds, x):

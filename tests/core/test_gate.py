@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from fastercache_core.clock import Clock, Evaluation
+from fastercache_core.forecast import FORECASTS, History
 from fastercache_core.gate import ErrorEstimate, Gate, GateSettings
 
 
@@ -11,10 +12,11 @@ def at(sigma, step):
 
 
 def observed(error=1.0, nodes=(0.9, 1.0), sigma=0.8):
-    estimate = ErrorEstimate()
-    true = torch.zeros(2, 1, 4, 4)
-    forecast = torch.stack([torch.full((1, 4, 4), error), torch.zeros(1, 4, 4)])
-    estimate.observe(forecast, true, torch.tensor([1.0, 1.0]), list(nodes), sigma)
+    """An ErrorEstimate that saw a forecast be wrong by `error` for one of two pictures."""
+    estimate, history = ErrorEstimate(), History(FORECASTS["linear"])
+    for node in reversed(nodes):
+        history.push(node, (torch.stack([torch.full((1, 4, 4), error), torch.zeros(1, 4, 4)]),))
+    estimate.observe(history, sigma, torch.zeros(2, 1, 4, 4), torch.tensor([1.0, 1.0]))
     return estimate
 
 
