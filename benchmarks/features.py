@@ -3,10 +3,12 @@
 Cost is counted FLOPs, because a row with features from the cache is cheaper than a full one. Beside
 each run stand the fewest plain steps that are not cheaper. Further runs keep the features in smaller
 dtypes, put them beside skipped steps, and skip steps alone; at last `measured` and `hold` are timed
-in turn. `--bed` chooses the models. Writes output/features/BED.json, and docs/images/feature_depths.png
-of every bed that has one, and prints the tables.
+in turn. `--bed` chooses the models. Writes output/features/BED.json, prints the tables, and draws
+docs/images/feature_depths.png of every bed that has a summary: what comes closest at every cost, and
+which depth gains most within every memory budget.
 """
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -31,7 +33,7 @@ OWN_DEPTHS = {"mmdit": ("attention", "half of the blocks", "all blocks"),
               "wan": ("attention", "all attention", "half of the blocks", "all blocks")}
 CLOSENESS = (50, 42, 30)  # dB asked of skipped steps: what the presets ask
 LATE = 0.12               # start of "hold" at which it is first used where "measured" is, at the same cost
-TURNS = 5                 # of each run that is timed
+TURNS = 9                 # of each run that is timed
 PICTURE = ROOT / "docs" / "images" / "feature_depths.png"
 OUTPUT = ROOT / "output" / "features"
 
@@ -54,7 +56,8 @@ def runs_of(bed):
     return [
         *(reuse(depth, forecast) for depth in depths for forecast in FORECASTS),
         *(reuse(depth, "hold", start=LATE, name=f"{depth}, hold, later") for depth in depths),
-        *(reuse(depths[-1], dtype=dtype, name=f"{depths[-1]}, measured, {dtype}") for dtype in ("fp16", "fp8")),
+        reuse(depths[-1], dtype="fp16", name=f"{depths[-1]}, measured, fp16"),
+        *(reuse(depth, dtype="fp8", name=f"{depth}, measured, fp8") for depth in depths),
         reuse(depths[-1], preset="exact-looking", name=f"exact-looking + {depths[-1]}"),
         *map(steps_skipped, CLOSENESS),
     ]
@@ -159,12 +162,15 @@ def table(runs):
 def picture():
     """Draw docs/images/feature_depths.png from what is in output/features."""
     found = {bed: json.loads(file.read_text()) for bed in BEDS if (file := OUTPUT / f"{bed}.json").is_file()}
-    figure, panels = plt.subplots(1, len(found), figsize=(4.2 * len(found), 4.6), squeeze=False,
+    figure, panels = plt.subplots(2, len(found), figsize=(4.2 * len(found), 8.0), squeeze=False,
                                   constrained_layout=True)
-    for panel, (bed, summary) in zip(panels[0], found.items()):
-        draw(panel, bed, {run["name"]: run for run in summary["runs"] if run["psnr"] is not None})
+    for (upper, lower), (bed, summary) in zip(panels.T, found.items()):
+        runs = {run["name"]: run for run in summary["runs"] if run["psnr"] is not None}
+        draw_costs(upper, bed, runs)
+        draw_budgets(lower, bed, runs)
     lines = [plt.Line2D([], [], color=c, label=n, lw=3) for n, c in FORECASTS.items()]
     lines += [plt.Line2D([], [], color="gray", marker=m, ls="", label=n) for n, m in DEPTHS.items()]
+    lines += [plt.Line2D([], [], color="gray", marker="o", mfc="none", ls="", label="kept in fp8")]
     lines += [plt.Line2D([], [], color="black", label="fewer steps"),
               plt.Line2D([], [], color="tab:red", ls="--", label="whole steps skipped")]
     figure.legend(handles=lines, loc="outside lower center", ncols=4, fontsize=9)
@@ -172,7 +178,7 @@ def picture():
     save(figure, PICTURE)
 
 
-def draw(panel, bed, runs):
+def draw_costs(panel, bed, runs):
     """One bed: closeness to full sampling against cost."""
     for wanted, line in ((" steps", "k-"), ("steps skipped", "r--")):
         points = sorted((run["cost"], run["psnr"]) for name, run in runs.items() if wanted in name)
@@ -183,6 +189,26 @@ def draw(panel, bed, runs):
             panel.plot(run["cost"], run["psnr"], DEPTHS[depth], color=colour, ms=8, alpha=0.85, mec="none")
     panel.set(title=BEDS[bed].model, xlabel="cost (counted FLOPs)", ylabel="PSNR to full sampling, dB")
     panel.grid(alpha=0.3)
+
+
+def draw_budgets(panel, bed, runs):
+    """One bed: what every way gains over fewer steps at its cost, against its memory; the line is the best so far."""
+    ways = list(itertools.product(OWN_DEPTHS[bed], FORECASTS, ("native", "fp8")))
+    points = [(run["MB"], run["gain"], *which) for which in ways if "gain" in (run := runs.get(way(*which), {}))]
+    for megabytes, gain, depth, forecast, dtype in points:
+        fill = "none" if dtype == "fp8" else FORECASTS[forecast]
+        panel.plot(megabytes, gain, DEPTHS[depth], color=FORECASTS[forecast], ms=8, alpha=0.85, mfc=fill)
+    best = [max((p for p in points if p[0] <= budget), key=lambda p: p[1])[:2] for budget in
+            sorted(p[0] for p in points)]
+    panel.step(*zip(*best), "k-", where="post", lw=1, zorder=0)
+    panel.axhline(0, color="gray", lw=0.8)
+    panel.set(xlabel="memory of 8 pictures' features, MB", ylabel="gain over fewer steps, dB", xscale="log")
+    panel.grid(alpha=0.3, which="both")
+
+
+def way(depth, forecast, dtype):
+    """The name of a run."""
+    return f"{depth}, {forecast}" + ("" if dtype == "native" else f", {dtype}")
 
 
 def measure(host, bed):

@@ -5,7 +5,7 @@ from .storage import Storage
 
 
 class Output(NamedTuple):
-    """What a site gave at one evaluation: a tuple of Stored and None."""
+    """What a site gave at one evaluation, a tuple of Stored and None; or how it changed from there to the next."""
     ordinal: int
     sigma: float
     feature: tuple
@@ -23,7 +23,7 @@ class FeatureMemory:
     def __init__(self, settings, depth, least=None):
         """settings: StorageSettings; depth: how many outputs of a site are kept; least: how many are
         recorded before it is ready, None for as many as are kept."""
-        self.storage = Storage(settings)
+        self.storage = Storage(settings, depth)
         self.budget = settings.budget
         self.depth, self.least = depth, least or depth
         self.features, self.recorded, self.promised = {}, {}, {}
@@ -33,6 +33,17 @@ class FeatureMemory:
         """Note that the sites of `kind` are computed for `branch` at evaluation `ordinal`, before they are."""
         self.recorded[branch, kind] = (ordinal, *self.recorded.get((branch, kind), ())[:self.least - 1])
 
+    def forget_other_shapes(self, site, features):
+        """Drop what `site` gave in other shapes than `features` ({branch: feature}) have now.
+
+        Other nodes may have the host compute it smaller for some evaluations.
+        """
+        for branch, feature in features.items():
+            kept = self.features.get((branch, site))
+            if kept and any(t is not None and t.shape != old.data.shape for t, old in zip(feature, kept[0].feature)):
+                self._drop(kept)
+                del self.features[branch, site], self.promised[branch, site]
+
     def store(self, site, features, sigma):
         """Keep copies of `features` ({branch: feature}) as the newest of `site`, as far as there is room."""
         self._promise(site, features)
@@ -40,9 +51,7 @@ class FeatureMemory:
         for branch, feature in features.items():
             if self.promised[branch, site] is None:
                 continue
-            kept = self.features.pop((branch, site), ())
-            self._drop(kept[self.depth - 1:])
-            kept = kept[:self.depth - 1]  # what is dropped makes room before the new one takes it
+            kept = self._as_older(self.features.pop((branch, site), ()), feature)
             stored = tuple(t if t is None else self.storage.put(t) for t in feature)
             ordinal = self.recorded[branch, site[0]][0]
             self.features[branch, site] = (Output(ordinal, sigma, stored), *kept)
@@ -64,13 +73,17 @@ class FeatureMemory:
 
     def recall(self, branches, site):
         """Outputs of `site` for each of `branches`, newest first: [[(sigma, feature)]], not to be written to."""
-        found = [[(output.sigma, tuple(t if t is None else self.storage.get(t) for t in output.feature))
-                  for output in self.features[branch, site]] for branch in branches]
+        found = [[(output.sigma, feature) for output, feature in zip(kept, self._values(kept))]
+                 for kept in (self.features[branch, site] for branch in branches)]
         following = self.following.get(site)
         if following is not None and self.holds(branches, following):
             for stored in self._stored(self.features[branch, following] for branch in branches):
                 self.storage.expect(stored)
         return found
+
+    def has_room(self):
+        """True when something came to be kept, and all of it was promised room."""
+        return bool(self.promised) and None not in self.promised.values()
 
     def plan(self):
         """What was promised room: sites and bytes, of how many sites."""
@@ -98,10 +111,30 @@ class FeatureMemory:
 
     def _promise(self, site, features):
         """Promise room to what comes for the first time: to all of a batch or to none of it."""
-        sizes = {(branch, site): self.depth * sum(self.storage.nbytes(t) for t in feature if t is not None)
+        sizes = {(branch, site): sum(self.storage.nbytes(t) for t in feature if t is not None)
                  for branch, feature in features.items() if (branch, site) not in self.promised}
         fits = self.budget is None or self._promised_bytes() + sum(sizes.values()) <= self.budget
         self.promised.update(sizes if fits else dict.fromkeys(sizes))
+
+    def _as_older(self, kept, feature):
+        """Outputs `kept` as they are beside a newer `feature`. What is dropped makes room before that takes it."""
+        self._drop(kept[self.depth - 1:])
+        kept = kept[:self.depth - 1]
+        if not (kept and self.storage.by_change):
+            return kept
+        change = tuple(t if t is None else self.storage.put_change(t - self.storage.get(before))
+                       for t, before in zip(feature, kept[0].feature))
+        return kept[0]._replace(feature=change), *kept[1:]
+
+    def _values(self, kept):
+        """The features of outputs `kept`, newest first."""
+        values = []
+        for output in kept:
+            feature = tuple(t if t is None else self.storage.get(t) for t in output.feature)
+            if values and self.storage.by_change:
+                feature = tuple(t if t is None else t - change for t, change in zip(values[-1], feature))
+            values.append(feature)
+        return values
 
     def _note_order(self, site):
         if site not in self.following:

@@ -42,11 +42,14 @@ class ReuseSettings:
         w(t), 0 at the first reuse and `w` at the end of sampling; "constant" = `w` throughout; "hold" =
         the newest output as it is.
     w: with one evaluation in two computed, 0.5 continues the last change at its own speed.
+    depths: ((name, intervals), ...), the one that saves most first: of these the first that the model has and
+        that memory holds is taken in place of `intervals`.
     """
     intervals: dict = field(default_factory=lambda: {"self": Interval()})
     weight: str = "measured"
     w: float = 0.5
     storage: StorageSettings = StorageSettings()
+    depths: tuple = ()
 
 
 def reuse_weight(settings, progress, started_at):
@@ -152,6 +155,7 @@ class ReuseCache:
         parts = [t if t is None else t.chunk(len(branches), axis) for t in feature]
         own = {branch: tuple(t if t is None else t[i] for t in parts)
                for i, branch in enumerate(branches) if branch is not None}
+        self.memory.forget_other_shapes(site, own)
         for branch, part in own.items():
             self._learn(branch, site, part, axis)
         self.memory.store(site, own, self.evaluation.sigma)

@@ -30,6 +30,9 @@ DEPTHS = {
     "all blocks": lambda span: {"stack": Interval(2, middle(span, 0.0, 0.9))},
     "inside of a UNet": lambda span: {"deep": Interval(2, middle(span, 0.0, 0.9))},
 }
+AUTOMATIC = "automatic"
+# Which depth saves most, as measured (docs/feature-reuse.md); "automatic" tries them in this order.
+SAVING = ("all blocks", "inside of a UNet", "half of the blocks", "all attention", "attention")
 
 
 def feature_inputs():
@@ -40,8 +43,9 @@ def feature_inputs():
                                         "with paper, measured = continued as they were seen to move, constant = "
                                         "by half their last change, linear = with the paper's growing weight, "
                                         "hold = as they were.")),
-        advanced(io.Combo.Input("reuse_depth", options=list(DEPTHS), default="attention",
-                                tooltip="Which parts. attention = self-attention (FasterCache); all attention = "
+        advanced(io.Combo.Input("reuse_depth", options=[AUTOMATIC, *DEPTHS], default=AUTOMATIC,
+                                tooltip="Which parts. automatic = those that save most of what the model has and "
+                                        "memory holds; attention = self-attention (FasterCache); all attention = "
                                         "cross-attention too (PAB); half of the blocks = Delta-DiT; all "
                                         "blocks = all but the first; inside of a UNet = DeepCache. A model that "
                                         "lacks the parts gets the nearest ones, and the report says so.")),
@@ -60,7 +64,8 @@ def storage_inputs():
                                         "saves VRAM), or on a second GPU.")),
         advanced(io.Combo.Input("memory_dtype", options=list(DTYPES), default="native",
                                 tooltip="How cached features are kept: native = as they are, fp16 = half size of "
-                                        "fp32, fp8 = a quarter, with one scale for each row.")),
+                                        "fp32, fp8 = smaller still: 8 bits a number, but the newest of several "
+                                        "values in 16.")),
     ]
 
 
@@ -70,13 +75,15 @@ def feature_settings(node, preset, span, feature_reuse, reuse_depth, **storage):
     preset: the ReuseSettings of the preset, or None.
     """
     choice(node, "feature_reuse", feature_reuse, FORECASTS)
-    depth = DEPTHS[choice(node, "reuse_depth", reuse_depth, DEPTHS)]
+    choice(node, "reuse_depth", reuse_depth, (AUTOMATIC, *DEPTHS))
     kept = storage_settings(node, **storage)
     if feature_reuse == "as preset":
         return preset and replace(preset, storage=kept)
     if feature_reuse == "off":
         return None
-    return ReuseSettings(depth(span), feature_reuse, 1.0 if feature_reuse == "linear" else 0.5, kept)
+    depths = tuple((name, DEPTHS[name](span)) for name in SAVING) if reuse_depth == AUTOMATIC else ()
+    intervals = DEPTHS[SAVING[-1] if depths else reuse_depth](span)
+    return ReuseSettings(intervals, feature_reuse, 1.0 if feature_reuse == "linear" else 0.5, kept, depths)
 
 
 def storage_settings(node, memory_gb, memory_device, memory_dtype):

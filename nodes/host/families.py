@@ -31,11 +31,13 @@ class Stack:
 
     streams: what a block takes and gives back, in the order that it gives it: names of arguments, or
     places among them. whole: True where the blocks hand values past each other, so that only the
-    stack as a whole can be reused.
+    stack as a whole can be reused. beside: a path of blocks that run beside these, each after one of them
+    and adding to what it gives, and the path of {number of the block: number of the one beside it}.
     """
     path: str
     streams: tuple = (0,)
     whole: bool = False
+    beside: tuple | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Family:
     """A family of diffusion models: full class names, and where things are inside.
 
     batch_axis: axis of the batch in features. unet: True where `input_blocks`, `middle_block` and
-    `output_blocks` are those of the host's UNet.
+    `output_blocks` are those of the host's UNet. known: False for a model of which nothing is known, where
+    attention is taken as the host calls it.
     """
     name: str
     models: tuple
@@ -51,9 +54,12 @@ class Family:
     stacks: tuple = ()
     batch_axis: int = 0
     unet: bool = False
+    known: bool = True
 
     def kinds(self):
         """The kinds of sites that this family has."""
+        if not self.known:
+            return set(ATTENTION)
         found = {entry.kind for entry in self.attention}
         if self.stacks:
             found |= {"stack"} if any(stack.whole for stack in self.stacks) else set(SPANS)
@@ -75,7 +81,7 @@ FAMILIES = (
            stacks=(Stack("double_blocks", ("img", "txt")), Stack("single_blocks"))),
     Family("Wan", ("comfy.ldm.wan.model.WanModel",),
            (Attention("WanAttentionBlock", "self_attn"), Attention("WanAttentionBlock", "cross_attn", "cross")),
-           (Stack("blocks"),)),
+           (Stack("blocks", beside=("vace_blocks", "vace_layers_mapping")),)),
     Family("LTXV", ("comfy.ldm.lightricks.model.LTXVModel",),
            (Attention("BasicTransformerBlock", "attn1"), Attention("BasicTransformerBlock", "attn2", "cross")),
            (Stack("transformer_blocks"),)),
@@ -103,6 +109,9 @@ FAMILIES = (
     Family("HunyuanDiT", ("comfy.ldm.hydit.models.HunYuanDiT",),
            (Attention("HunYuanDiTBlock", "attn1"), Attention("HunYuanDiTBlock", "attn2", "cross")),
            (Stack("blocks", whole=True),)),
+    Family("Hunyuan3D 2.1", ("comfy.ldm.hunyuan3dv2_1.hunyuandit.HunYuanDiTPlain",),
+           (Attention("HunYuanDiTBlock", "attn1"), Attention("HunYuanDiTBlock", "attn2", "cross")),
+           (Stack("blocks", whole=True),)),
     Family("Mochi", ("comfy.ldm.genmo.joint_model.asymm_models_joint.AsymmDiTJoint",),
            (Attention("AsymmetricJointBlock", "attn"),), (Stack("blocks", (0, 2)),)),
     Family("AuraFlow", ("comfy.ldm.aura.mmdit.MMDiT",),
@@ -118,14 +127,15 @@ FAMILIES = (
 
 
 def find_family(diffusion_model):
-    """The entry for a diffusion model or any class it derives from, None when there is none."""
+    """The entry for a diffusion model or any class it derives from; one that is not `known` when there is none."""
     bases = {f"{c.__module__}.{c.__qualname__}" for c in type(diffusion_model).__mro__}
-    return next((family for family in FAMILIES if bases & set(family.models)), None)
+    unknown = Family(type(diffusion_model).__name__, (), known=False)
+    return next((family for family in FAMILIES if bases & set(family.models)), unknown)
 
 
 # What is reused instead where a family has no such sites, nearest first.
-INSTEAD = {"self": ("front", "stack"), "branch": ("self", "front"), "deep": ("stack",),
-           "front": ("deep", "stack"), "rear": ("deep", "stack"), "stack": ("deep",)}
+INSTEAD = {"self": ("front", "stack"), "branch": ("self", "front"), "deep": ("stack", "self"),
+           "front": ("deep", "stack", "self"), "rear": ("deep", "stack", "self"), "stack": ("deep", "self")}
 
 
 def available(family, intervals):

@@ -6,8 +6,9 @@ import comfy.model_management as host_memory
 import torch
 
 from ...fastercache_core.reuse import ReuseCache
+from .attention_calls import AttentionCalls, CallsDiffer
 from .families import available, find_family
-from .sites import FeatureSwap, control_of_kept_blocks, skip_empty_attention
+from .sites import FeatureSwap, control_of_kept_blocks
 
 # Of the memory that the host reports free beyond what it needs to sample, features may take this share.
 SHARE = 0.5
@@ -24,18 +25,25 @@ class Features:
     def __init__(self, settings, model, percent_to_sigma):
         network = model.model.diffusion_model
         self.family = find_family(getattr(network, "_orig_mod", network))
-        intervals, replaced = available(self.family, settings.intervals)
-        self.notes = [instead(self.family, kind, other) for kind, other in replaced.items()]
-        self.cache = ReuseCache(replace(settings, intervals=intervals), percent_to_sigma)
+        self.settings, self.percent_to_sigma = settings, percent_to_sigma
         self.device = torch.device(settings.storage.device or model.load_device)
-        self.swap = None
-        self.plan = {"sites": 0, "of": 0, "bytes": 0}
-        self.conditions = {}
+        self.notes = [] if self.family.known else [unknown(self.family)]
+        self.depths = [(name, kinds) for name, kinds in settings.depths if self.family.kinds() >= set(kinds)]
+        self.passed_over, self.now = {}, None
+        if self.depths:
+            self._use(*self.depths.pop(0))
+        else:
+            intervals, replaced = available(self.family, settings.intervals)
+            self.notes += [instead(self.family, kind, other) for kind, other in replaced.items()]
+            self._use(None, intervals)
 
     def begin(self, evaluation, wanted=None):
         """A new evaluation starts. wanted: whether features shall be reused, None to go by the intervals."""
+        if self.depths and self.cache.memory.recorded:
+            self._settle_depth()
         self._update_plan()
-        self.cache.begin(evaluation, wanted)
+        self.now = evaluation, wanted
+        self.cache.begin(*self.now)
 
     def run(self, executor, args, kwargs, branches, kept, alike):
         """One pass of the network: its output, and the set of kinds that came from the cache.
@@ -52,13 +60,16 @@ class Features:
         reused = self._reusable(branches, args[5]) if alike else set()
         recorded = self.cache.worth_storing() - reused if any(kept) else set()
         self.cache.begin_record(kept, recorded)
+        prepared = (*args[:4], control_for(args[4], network, reused), self.swap.options(args[5], reused), *args[6:])
         try:
             with self.swap.running(branches, kept, reused, recorded):
-                return executor(*prepared(args, network, reused), **kwargs), reused
+                return executor(*prepared, **kwargs), reused
+        except CallsDiffer:
+            self._start_anew(branches)
         except torch.cuda.OutOfMemoryError:
             if not self.tensors():
                 raise
-        self._give_up()
+            self._give_up()
         return executor(*args, **kwargs), set()
 
     def tensors(self):
@@ -68,19 +79,44 @@ class Features:
     def close(self):
         """End the run: drop every tensor, return the plan as plain data for the report."""
         self._update_plan()
-        if not self.plan["sites"]:
-            self.notes.append(self._why_nothing())
+        self.notes += [] if self.plan["sites"] else [self._why_nothing()]
+        self.notes += [self._why_depth()] if self.depth else []
         self.cache.reset()
         self.swap = None
         if self.device.type != "cpu":
             host_memory.soft_empty_cache()
-        return {**self.plan, "device": str(self.device), "dtype": self.cache.settings.storage.dtype,
-                "kinds": list(self.cache.settings.intervals)}
+        return {**self.plan, "device": str(self.device), "dtype": self.settings.storage.dtype,
+                "kinds": list(self.cache.schedules), **({"depth": self.depth} if self.depth else {})}
+
+    def _use(self, depth, intervals):
+        """Begin to cache at `intervals` ({kind: Interval}); depth: their name, None where it was not chosen here."""
+        self.depth = depth
+        self.cache = ReuseCache(replace(self.settings, intervals=intervals), self.percent_to_sigma)
+        self.swap, self.conditions = None, {}
+        self.plan = {"sites": 0, "of": 0, "bytes": 0}
+
+    def _settle_depth(self):
+        """Stay with the depth whose features were recorded, if all of them have room."""
+        if self.cache.memory.has_room():
+            self.depths = []
+        else:
+            self._pass_over("not enough memory" if self.cache.memory.promised else "not in this model")
+
+    def _pass_over(self, reason):
+        """Try the depth that saves most of those left."""
+        self.passed_over[self.depth] = reason
+        self.cache.reset()
+        self._use(*self.depths.pop(0))
 
     def _start(self, model, network, args):
         """The first pass: the host has loaded the model, so what is free now is really free."""
+        while self.depths and any(is_patched(kind, args[5].get("patches", {})) for kind in self.cache.schedules):
+            self._pass_over("patched by another node")
+            self.cache.begin(*self.now)
         wrappers = args[5].get("wrappers", {}).get("apply_model", {})
-        self.swap = FeatureSwap(network, self.family, self.cache, self.cache.schedules, "torch.compile" in wrappers)
+        compiled = "torch.compile" in wrappers
+        self.swap = (FeatureSwap(network, self.family, self.cache, self.cache.schedules, compiled)
+                     if self.family.known else AttentionCalls(self.cache, compiled))
         if self.cache.memory.budget is None:
             needed = model.memory_required(list(args[0].shape)) if self.device == args[0].device else 0
             self.cache.memory.budget = free_bytes(self.device, needed)
@@ -99,10 +135,15 @@ class Features:
                 self.cache.forget(branch)
             self.conditions[branch] = conditions
 
+    def _start_anew(self, branches):
+        for branch in branches:
+            self.cache.forget(branch)
+        self._note("a pass did not call attention as the one before it did: it was computed again in full")
+
     def _give_up(self):
         """Leave all memory to the host for the rest of the run."""
         self.cache.reset()
-        self.cache.memory.budget = 0
+        self.cache.memory.budget, self.depths = 0, []
         host_memory.soft_empty_cache()
         self._note("memory ran out: cached features were dropped and none are kept for the rest of this run; "
                    "give memory_gb, or keep them on the cpu")
@@ -121,7 +162,12 @@ class Features:
     def _plan_line(self, plan):
         return (f"features of {plan['sites']} of {plan['of']} sites ({', '.join(self.cache.schedules)}) are "
                 f"cached: {plan['bytes'] / 1e6:.1f} MB of {self.cache.memory.budget / 1e6:.0f} MB on {self.device}, "
-                f"{self.cache.settings.storage.dtype}")
+                f"{self.settings.storage.dtype}" + (f"; {self._why_depth()}" if self.depth else ""))
+
+    def _why_depth(self):
+        """The sentence on a depth that was chosen here."""
+        others = "".join(f"; {depth}: {reason}" for depth, reason in self.passed_over.items())
+        return f"automatic depth: {self.depth} saves most of what {self.family.name} has and memory holds{others}"
 
     def _why_nothing(self):
         kinds = " or ".join(self.cache.schedules)
@@ -162,19 +208,14 @@ def is_patched(kind, patches):
     return bool(patches.get(f"{name}_patch") and patches.get(f"{name}_output_patch"))
 
 
-def prepared(args, network, reused):
-    """The arguments of a pass in which the kinds `reused` come from the cache.
+def control_for(control, network, reused):
+    """ControlNet residuals of a pass in which the kinds `reused` come from the cache, None for none.
 
-    The host takes ControlNet residuals out of their lists: the caller's own stay whole.
+    The host takes them out of their lists: the caller's own stay whole.
     """
-    control, options = args[4], args[5]
     if control is not None:
         control = {name: list(values) for name, values in control.items()}
-    if "deep" in reused:
-        control = control_of_kept_blocks(control, network)
-    if "self" in reused:
-        options = skip_empty_attention(options)
-    return (*args[:4], control, options, *args[6:])
+    return control_of_kept_blocks(control, network) if "deep" in reused else control
 
 
 def free_bytes(device, needed):
@@ -187,6 +228,12 @@ def instead(family, kind, other):
     """The sentence for a kind of site that a family does not have."""
     found = f"{other} is reused instead" if other else "it always runs"
     return f"{family.name} has no {kind} features that can be taken alone: {found}"
+
+
+def unknown(family):
+    """The sentence for a model of no family."""
+    return (f"{family.name} is no model that feature reuse knows: only its attention is reused, where the host "
+            "can be asked to leave it out")
 
 
 def _leaves(name, value):

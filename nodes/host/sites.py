@@ -30,6 +30,10 @@ class FeatureSwap:
             setattr(self, name, torch.compiler.disable(getattr(self, name)))
         self.sites = {kind: list(self._sites(network, family, kind)) for kind in kinds}
 
+    def options(self, transformer_options, reused):
+        """The options of a pass in which the kinds `reused` come from the cache."""
+        return skip_empty_attention(transformer_options) if "self" in reused else transformer_options
+
     @contextmanager
     def running(self, branches, kept, reused, recorded):
         """While open, sites of the kinds `reused` come from the cache, those of `recorded` are stored."""
@@ -141,7 +145,7 @@ def _places(network, family, kind):
             blocks = _blocks(_descend(network, stack.path))
             chosen = _span(blocks, kind, first=i == 0)
             if chosen:
-                yield span_site, chosen, stack.streams
+                yield span_site, chosen, stack.streams, _idle(network, stack.beside, blocks, chosen)
     elif kind == "deep" and kept_blocks(network):
         yield deep_site, network
     elif kind == "branch":
@@ -170,13 +174,25 @@ def _span(blocks, kind, first):
     return blocks[begin:half if kind == "front" else len(blocks)]
 
 
+def _idle(network, beside, blocks, chosen):
+    """Blocks beside a stack that need not run where `chosen` of its `blocks` do not: nothing after uses them.
+
+    They hand something on to one another, so that all that follow must be left out as well; what one adds after the
+    last block stays.
+    """
+    places = _descend(network, beside[1]) if beside else None
+    if not places or chosen[-1] is not blocks[-1] or len(blocks) - 1 in places:
+        return []
+    return [_descend(network, beside[0])[n] for i, n in places.items() if i >= len(blocks) - len(chosen)]
+
+
 def _branches(unet):
     for module in unet.modules():
         names = {c.__name__ for c in type(module).__mro__}
         if "ResBlock" in names and not module.updown:
             yield output_site, module.in_layers
         elif "SpatialTransformer" in names:
-            yield span_site, [module], (0,)
+            yield span_site, [module], (0,), []
 
 
 def output_site(swap, site, module):
@@ -221,9 +237,10 @@ def joint_site(swap, site, modules):
     return records, reuses
 
 
-def span_site(swap, site, blocks, streams):
+def span_site(swap, site, blocks, streams, idle):
     """What a run of blocks adds to its input. Reused, only the last of them does anything.
 
+    idle: blocks beside these that do nothing meanwhile; they give what is added to a block and what is handed on.
     The host may add to what blocks return in place (ControlNet): the input is copied, and what the
     skipped blocks pass on is never looked at.
     """
@@ -251,6 +268,9 @@ def span_site(swap, site, blocks, streams):
             swap.begin_span(site, given)
         return swap.jump_span(site) if site in swap.bases else forward(*args, **kwargs)
 
+    def rest(forward, handed_on, *args, **kwargs):
+        return (handed_on, handed_on) if site in swap.bases else forward(handed_on, *args, **kwargs)
+
     forwards = [block.forward for block in blocks]
     entering = _around(enter, forwards[0])
     if len(blocks) == 1:
@@ -258,7 +278,8 @@ def span_site(swap, site, blocks, streams):
     else:
         record = [(blocks[0], "forward", entering), (blocks[-1], "forward", _around(leave, forwards[-1]))]
     passing = [(block, "forward", _around(pass_on, forward)) for block, forward in zip(blocks[:-1], forwards)]
-    return record, [*passing, (blocks[-1], "forward", _around(jump, forwards[-1]))]
+    resting = [(block, "forward", _around(rest, block.forward)) for block in idle]
+    return record, [*passing, *resting, (blocks[-1], "forward", _around(jump, forwards[-1]))]
 
 
 def deep_site(swap, site, unet):

@@ -7,8 +7,8 @@ from fastercache_core.storage import DTYPES, Storage, StorageSettings
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def storage(dtype="native", device=None):
-    return Storage(StorageSettings(dtype=dtype, device=device))
+def storage(dtype="native", device=None, outputs=1):
+    return Storage(StorageSettings(dtype=dtype, device=device), outputs)
 
 
 def features(dtype):
@@ -47,20 +47,23 @@ def test_errors_are_not_far_below_the_promise(at_rest, worst):
     assert ((rest.get(rest.put(x)) - x) / x).abs().max() > 0.9 * worst
 
 
+@pytest.mark.parametrize("outputs", [1, 3])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("at_rest", DTYPES)
-def test_bytes_are_counted_exactly(at_rest, dtype):
-    rest = storage(at_rest)
+def test_bytes_are_counted_exactly(at_rest, dtype, outputs):
+    rest = storage(at_rest, outputs=outputs)
     for x in (features(dtype), features(dtype)[..., :7], features(dtype).transpose(0, 1), torch.ones(3, dtype=dtype)):
-        stored = rest.put(x)
-        assert rest.nbytes(x) == sum(t.untyped_storage().nbytes() for t in stored.tensors())
+        stored = [rest.put(x), *(rest.put_change(x) for _ in range(outputs - 1))]
+        assert rest.nbytes(x) == sum(t.untyped_storage().nbytes() for one in stored for t in one.tensors())
 
 
 def test_sizes_are_as_said():
     x = torch.ones(10, 64)
     assert [storage(dtype).nbytes(x) for dtype in DTYPES] == [2560, 1280, 640 + 10 * 2]
+    assert [storage(dtype, outputs=3).nbytes(x) for dtype in DTYPES] == [7680, 3840, 1280 + 2 * 660]
     half = torch.ones(10, 64, dtype=torch.bfloat16)
     assert [storage(dtype).nbytes(half) for dtype in DTYPES] == [1280, 1280, 660]
+    assert [storage(dtype, outputs=3).nbytes(half) for dtype in DTYPES] == [3840, 3840, 1280 + 2 * 660]
 
 
 @pytest.mark.parametrize("device", [None, "cpu"])

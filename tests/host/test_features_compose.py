@@ -2,6 +2,8 @@
 
 Most tests let the latent stand still, so that what is held must be what the host itself computes.
 """
+import shutil
+
 import comfy.sd
 import pytest
 import torch
@@ -74,6 +76,20 @@ def test_a_compiled_model_stays_compiled_and_gives_the_same_picture(tiny_models,
     sample(model, name, **options)
     torch._dynamo.reset()
     assert first <= 40 and backend.graphs <= 2 * first, "each of the two kinds of passes is traced once a run"
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch's own compiler needs a C++ compiler")
+def test_a_model_compiled_to_machine_code_gives_the_same_picture(tiny_models):
+    """By inductor, the compiler that people use."""
+    options = dict(sigmas=torch.linspace(0.9, 0.0, 7), cfg=1.0)
+    eager = attach(tiny_models("wan"), reusing("stack", every=2))
+    plain = sample(eager, "wan", **options)
+    torch._dynamo.reset()
+    model = attach(compiled(tiny_models("wan"), "inductor"), reusing("stack", every=2))
+    result = sample(model, "wan", **options)
+    torch._dynamo.reset()
+    assert actions(model) == actions(eager) and "REUSE" in actions(model)
+    assert relative(result, plain) < 1e-3 < relative(sample(tiny_models("wan"), "wan", **options), plain)
 
 
 @pytest.mark.parametrize("name, kind", [("sd15", "self"), ("sd15", "deep"), ("flux", "stack"), ("wan", "cross")])
@@ -275,6 +291,8 @@ def test_where_another_node_computes_blocks_smaller_for_a_while(tiny_models, kin
     assert ("REUSE" in actions(model)) == (kind != "deep")
     across = attach(make(), reusing(kind, every=6))
     assert torch.isfinite(sample(across, "sd15", sigmas=sigmas)).all(), "the interval reaches across the change"
+    past = attach(make(), reusing(kind, every=2, weight="measured", dtype="fp8"))
+    assert torch.isfinite(sample(past, "sd15", steps=16, scheduler="normal")).all(), "so does the past"
 
 
 @pytest.mark.parametrize("name, kind", [("sd15", "self"), ("flux", "stack"), ("wan", "self")])

@@ -209,7 +209,7 @@ def test_a_model_of_no_known_family_gets_the_rest_and_a_note(tiny_models, monkey
     model = attach(tiny_models("flux"), PRESETS["paper"](Window()))
     sample(model, "flux", steps=12)
     assert totals(model)["evaluations"]["ESTIMATE"] > 0
-    assert "feature reuse does not know Flux yet" in last_report(model)["notes"][0]
+    assert "Flux is no model that feature reuse knows: only its attention is reused" in last_report(model)["notes"][0]
 
 
 def test_where_attention_cannot_be_taken_alone_blocks_are_reused_and_the_report_says_so(tiny_models):

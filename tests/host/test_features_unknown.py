@@ -1,0 +1,188 @@
+"""Feature reuse on models that no family entry matches: at the host's hook for attention."""
+import comfy.ops
+import pytest
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from fastercache_pack.nodes.host import families
+from fastercache_pack.nodes.host.attach import attach, last_report
+from test_features import ACTIONS, STILL, actions, notes, relative, reusing, shuffled_batches
+from test_features_compose import ALL_FULL, Backend, compiled, still_around
+from tiny import SPECS, sample
+
+WIDTH, HEADS, BLOCKS = 32, 4, 2
+
+
+class Own(torch.nn.Module):
+    """A small transformer of nobody's: each block attends to the latent's own tokens, then to the prompt's.
+
+    hands: whether it hands the host's options to attention. ways(options): its blocks in the order they run.
+    """
+
+    def __init__(self, channels, context, hands=True, ways=lambda options: range(BLOCKS)):
+        super().__init__()
+        linear = comfy.ops.disable_weight_init.Linear
+        self.dtype, self.hands, self.ways = torch.float32, hands, ways
+        self.into, self.out = linear(channels, WIDTH), linear(WIDTH, channels)
+        self.time = linear(1, WIDTH)
+        self.own = torch.nn.ModuleList(linear(WIDTH, 3 * WIDTH) for _ in range(BLOCKS))
+        self.query = torch.nn.ModuleList(linear(WIDTH, WIDTH) for _ in range(BLOCKS))
+        self.prompt = torch.nn.ModuleList(linear(context, 2 * WIDTH) for _ in range(BLOCKS))
+        generator = torch.Generator().manual_seed(4)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
+
+    def forward(self, x, timesteps, context=None, transformer_options={}, **kwargs):
+        height, width = x.shape[2:]
+        tokens = self.into(x.flatten(2).mT) + self.time(timesteps[:, None] / 1000)[:, None]
+        given = {"transformer_options": transformer_options} if self.hands else {}
+        for i in self.ways(transformer_options):
+            tokens = tokens + optimized_attention(*self.own[i](tokens).chunk(3, -1), HEADS, **given)
+            tokens += optimized_attention(self.query[i](tokens), *self.prompt[i](context).chunk(2, -1), HEADS, **given)
+        return self.out(tokens).mT.unflatten(2, (height, width))
+
+
+@pytest.fixture
+def own(tiny_models):
+    """Makes a MODEL of the class Own, and a list of the attention that runs: another node's hook writes it."""
+    patcher = tiny_models("sd15")
+    theirs = patcher.model.diffusion_model
+
+    def make(**options):
+        patcher.model.diffusion_model = Own(SPECS["sd15"]["lat"][0], SPECS["sd15"]["ctx"][1], **options)
+        model, ran = patcher.clone(), []
+
+        def hook(attention, *args, **kwargs):
+            ran.append(1)
+            return attention(*args, **kwargs)
+
+        model.model_options["transformer_options"]["optimized_attention_override"] = hook
+        return model, ran
+
+    yield make
+    patcher.model.diffusion_model = theirs
+
+
+@pytest.mark.parametrize("kinds", [("self",), ("cross",), ("self", "cross")])
+def test_attention_that_is_reused_does_not_run_and_is_what_would_have_been_computed(own, monkeypatch, kinds):
+    """For two branches and two latents that differ, batched anyhow; other nodes' hooks stay where attention runs."""
+    model, ran = own()
+    theirs = sample(model, "sd15", sigmas=STILL, batch=2)
+    every = len(ran)
+    assert every == len(ACTIONS) * BLOCKS * 2
+    alone = sample(model, "sd15", sigmas=STILL, batch=2, cfg=1.0)
+    assert relative(alone, theirs) > 0.01 and relative(theirs[:1], theirs[1:]) > 0.01
+    model, ran = own()
+    model = attach(model, reusing(*kinds))
+    held = sample(model, "sd15", sigmas=STILL, batch=2)
+    assert actions(model) == ACTIONS, notes(model)
+    assert len(ran) == every - ACTIONS.count("REUSE") * BLOCKS * len(kinds)
+    assert relative(held, theirs) < 1e-4
+    assert "Own is no model that feature reuse knows" in notes(model)
+    assert last_report(model)["run"]["features"]["sites"] == BLOCKS * len(kinds)
+    shuffled_batches(monkeypatch)
+    assert relative(sample(model, "sd15", sigmas=STILL, batch=2), theirs) < 1e-4
+
+
+def test_storing_changes_nothing(own):
+    model, _ = own()
+    theirs = sample(model, "sd15", sigmas=STILL)
+    model = attach(own()[0], reusing("self", "cross", every=1))
+    assert torch.equal(sample(model, "sd15", sigmas=STILL), theirs)
+    assert last_report(model)["run"]["features"]["sites"] == BLOCKS * 2
+
+
+def test_depths_that_need_blocks_become_attention(own):
+    model = attach(own()[0], reusing("stack"))
+    sample(model, "sd15", sigmas=STILL)
+    assert actions(model) == ACTIONS
+    assert "Own has no stack features that can be taken alone: self is reused instead" in notes(model)
+
+
+def test_where_the_model_does_not_hand_on_the_hook_everything_runs_and_that_is_said(own):
+    model, _ = own(hands=False)
+    theirs = sample(model, "sd15", sigmas=STILL)
+    model = attach(own(hands=False)[0], reusing("self"))
+    assert torch.equal(sample(model, "sd15", sigmas=STILL), theirs)
+    assert actions(model) == ALL_FULL and "no self feature was found in this run" in notes(model)
+
+
+@pytest.mark.parametrize("late", [range(1), [1, 0, 1], [0]], ids=str)
+def test_a_pass_with_other_calls_than_were_recorded_is_computed(own, late):
+    """Fewer or more of them: nothing that was stored before is put into it, and it is the host's own."""
+    border = float(own()[0].get_model_object("model_sampling").percent_to_sigma(0.5))
+    ways = lambda options: range(BLOCKS) if options["sigmas"][0] > border else late
+    model, _ = own(ways=ways)
+    sigmas = still_around(model, 0.5)
+    theirs = sample(model, "sd15", sigmas=sigmas)
+    model = attach(own(ways=ways)[0], reusing("self", "cross", every=6))
+    result = sample(model, "sd15", sigmas=sigmas)
+    assert actions(model) == ["FULL", "REUSE", "REUSE", "REUSE", "FULL", "FULL", "REUSE", "REUSE", "FULL"]
+    assert relative(result, theirs) < 1e-4
+    assert "did not call attention as the one before" in notes(model)
+
+
+def test_a_call_of_another_shape_is_computed(own):
+    """Here over a prompt that gets shorter on the way."""
+    border = float(own()[0].get_model_object("model_sampling").percent_to_sigma(0.5))
+
+    class Shrinking(Own):
+        def forward(self, x, timesteps, context=None, transformer_options={}, **kwargs):
+            late = transformer_options["sigmas"][0] <= border
+            return super().forward(x, timesteps, context[:, :40] if late else context, transformer_options, **kwargs)
+
+    model, _ = own()
+    model.model.diffusion_model.__class__ = Shrinking
+    sigmas = still_around(model, 0.5)
+    theirs = sample(model, "sd15", sigmas=sigmas)
+    cached = attach(model, reusing("cross", every=6))
+    assert relative(sample(cached, "sd15", sigmas=sigmas), theirs) < 1e-4
+    assert actions(cached)[4] == "FULL" and "REUSE" in actions(cached)[5:]
+
+
+def test_memory_is_bounded_to_the_byte(own):
+    sites = attach(own()[0], reusing("self", every=2, weight="measured", dtype="fp8"))
+    sample(sites, "sd15", steps=12)
+    every = last_report(sites)["run"]["features"]["bytes"]
+    assert sum(last_report(sites)["totals"]["peak_cache_bytes"].values()) == every > 0
+    model = attach(own()[0], reusing("self", every=2, weight="measured", dtype="fp8", budget=every - 1))
+    sample(model, "sd15", steps=12)
+    assert last_report(model)["run"]["features"]["sites"] == BLOCKS - 1
+    assert "REUSE" in actions(model)
+
+
+def test_a_compiled_model_gives_the_same_picture(own):
+    eager = attach(own()[0], reusing("self", every=2))
+    options = dict(steps=8, scheduler="normal", cfg=1.0)
+    plain = sample(eager, "sd15", **options)
+    torch._dynamo.reset()
+    backend = Backend()
+    model = attach(compiled(own()[0], backend), reusing("self", every=2))
+    result = sample(model, "sd15", **options)
+    torch._dynamo.reset()
+    assert actions(model) == actions(eager) and "REUSE" in actions(model)
+    assert relative(result, plain) < 1e-3 < relative(sample(own()[0], "sd15", **options), plain)
+    assert backend.calls >= len(actions(model))
+
+
+# Models of the host as if nobody had entered them: where each hands its options to attention.
+HANDED = ("sd15", "sdxl", "sd3", "flux", "chroma", "wan", "hunyuan", "ltxv", "qwen", "lumina2", "omnigen2", "predict2",
+          "cosmos", "hidream", "aura", "mochi")
+
+
+@pytest.mark.parametrize("name", HANDED)
+def test_a_family_of_the_host_without_its_entry(tiny_models, monkeypatch, name):
+    theirs = sample(tiny_models(name), name, sigmas=STILL, batch=2)
+    monkeypatch.setattr(families, "FAMILIES", ())
+    shuffled_batches(monkeypatch)
+    model = attach(tiny_models(name), reusing("self"))
+    held = sample(model, name, sigmas=STILL, batch=2)
+    assert actions(model) == ACTIONS, notes(model)
+    assert relative(held, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["pixart", "hydit"])
+def test_a_family_of_the_host_that_does_not_hand_on_its_options_needs_its_entry(tiny_models, monkeypatch, name):
+    monkeypatch.setattr(families, "FAMILIES", ())
+    model = attach(tiny_models(name), reusing("self"))
+    sample(model, name, sigmas=STILL)
+    assert actions(model) == ALL_FULL and "no self feature was found" in notes(model)
