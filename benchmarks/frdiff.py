@@ -1,6 +1,6 @@
 """FRDiff as published and as found by search, beside fewer steps and beside a second-order solver.
 
-Part 1, per bed, at 30 and 50 Euler steps: FRDiff with one key step in 2 and in 3 (as published, scores
+Part 1, per bed, at 30 and 50 Euler steps (`--steps`): FRDiff with one key step in 2 and in 3 (as published, scores
 held throughout, features reused throughout) and the policies of FasterCacheAutoFR, found on tuning
 prompts. Beside each run stand the fewest plain steps that cost no less in counted FLOPs, beside some
 dpmpp_2m at that cost too; all of them also against the converged solution (dpmpp_2m at many steps).
@@ -157,6 +157,7 @@ def main():
     """Measure one bed."""
     parser = argparse.ArgumentParser(prog="dev.py bench frdiff")
     parser.add_argument("--bed", choices=list(BEDS), default="mmdit", help="the model")
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="numbers of steps")
     parser.add_argument("--samplers", action="store_true", help="sampler by sampler instead")
     parser.add_argument("--pictures", type=int, default=16, help="at most so many prompts")
     chosen = parser.parse_args()
@@ -170,7 +171,7 @@ def main():
         else:
             found, name = [], chosen.bed
             converged = [bench.sample(CONVERGED, batch, SEED + i) for i, batch in enumerate(batches)]
-            for steps in STEPS:
+            for steps in chosen.steps:
                 found.append(measure(bench, steps, batches, converged))
                 print(table(found[-1]), flush=True)
     (OUTPUT / f"{name}.json").write_text(json.dumps(found, indent=1))

@@ -29,8 +29,8 @@ MIXINGS = ("automatic", "paper", "scores", "features")
 @dataclass(frozen=True)
 class MixSettings:
     """every: one keyframe in so many evaluations (M); mixing: "paper" = lambda as above, "scores" = 0
-    and "features" = 1 throughout, "automatic" = what a host finds best; tau, bias: slope and middle of
-    lambda; window: the part of sampling outside which every evaluation is a keyframe."""
+    and "features" = 1 throughout, "automatic" = 0, and no skipping where a host knows better; tau, bias:
+    slope and middle of lambda; window: the part of sampling outside which every evaluation is a keyframe."""
     every: int = 2
     mixing: str = "paper"
     tau: float = 30.0

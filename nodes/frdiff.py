@@ -54,8 +54,9 @@ class FasterCacheFRDiff(io.ComfyNode):
                 io.Combo.Input("score_mixing", options=list(MIXINGS), default="automatic",
                                tooltip="Between those: paper = early steps hold the last score, late ones reuse "
                                        "features; scores = held throughout, which is the same as fewer steps; "
-                                       "features = reused throughout; automatic = what was best at equal cost on our "
-                                       "models: scores, and features with samplers that cannot hold scores."),
+                                       "features = reused throughout; automatic = scores, features where a sampler "
+                                       "cannot hold scores, and nothing with samplers where fewer steps were better "
+                                       "on our models."),
                 advanced(io.Float.Input("bias", default=0.5, min=0.0, max=1.0, step=0.01,
                                         tooltip="Part of sampling at which held scores and reused features count "
                                                 "the same (b of the paper).")),

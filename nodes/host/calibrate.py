@@ -287,12 +287,21 @@ def find_policy(model, sampling, budget, search=None, features=False):
     REACH passes more at every evaluation. Raises CalibrationError where calibration is not possible.
     """
     bar = comfy.utils.ProgressBar(2 * sampling.steps)
-    recorder = (FeatureRecorder if features else Recorder)(sampling.cfg, lambda: bar.update(1))
+    reference, losses = recorded(model, sampling, features, lambda: bar.update(1))
+    return chosen(model, sampling, reference, (search or find_points)(reference, losses), budget, lambda: bar.update(1))
+
+
+def recorded(model, sampling, features=False, progress=lambda: None):
+    """(Reference, Losses) of one full run; see `find_policy`. progress: called after every evaluation."""
+    recorder = (FeatureRecorder if features else Recorder)(sampling.cfg, progress)
     sample(model, sampling, recorder)
-    losses = Losses(recorder.reference, recorder.forecasts())
-    points = (search or find_points)(recorder.reference, losses)
-    policy = Policy(setup(model, sampling), tuple(recorder.reference.sigmas), tuple(points)).at(budget)
-    return fitted(model, sampling, recorder.reference, policy, lambda: bar.update(1))
+    return recorder.reference, Losses(recorder.reference, recorder.forecasts())
+
+
+def chosen(model, sampling, reference, points, budget, progress=lambda: None):
+    """The policy of `points` at the best one within `budget`, whose weights are fitted in one more run."""
+    policy = Policy(setup(model, sampling), tuple(reference.sigmas), tuple(points)).at(budget)
+    return fitted(model, sampling, reference, policy, progress)
 
 
 def fitted(model, sampling, reference, policy, progress):

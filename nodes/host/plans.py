@@ -17,8 +17,12 @@ ALWAYS = Interval(10 ** 6)
 
 # How near an evaluation's sigma must be to the one that the policy was found for, in log sigma.
 NEAR = 1e-2
+# At so many times its own cfg a policy's weights still were no worse than forecasts measured during the run.
+SAME_CFG = (0.5, 1.1)
 # Moved to fewer steps than this share of its own, a policy was no longer clearly better than plain fewer steps.
 FEW = 0.75
+# Samplers that use the negative pass by itself (CFG++), and the highest cfg at which FRDiff did them no harm.
+CFG_PP, CFG_PP_MOST = "_cfg_pp", 1.5
 # Actions that need features from the cache.
 REUSING = ("REUSE", "MIX")
 
@@ -32,8 +36,10 @@ def make_plan(settings, guider, sampler, sigmas):
     if plan is None or sampler_facts(sampler) is None:
         return None
     if isinstance(plan, MixSettings):
-        return MixPlan(plan, guider.model_patcher.get_model_object("model_sampling"), sampler_facts(sampler),
-                       sigmas, settings.jump is not None)
+        reason = nothing_to_gain(plan, guider, sampler)
+        return FullPlan(reason) if reason else MixPlan(
+            plan, guider.model_patcher.get_model_object("model_sampling"), sampler_facts(sampler), sigmas,
+            settings.jump is not None)
     return PolicyPlan(plan, guider, sampler, sigmas)
 
 
@@ -42,13 +48,44 @@ def planned_reuse(storage=StorageSettings()):
     return ReuseSettings({"branch": ALWAYS}, "hold", storage=storage)
 
 
+def nothing_to_gain(settings, guider, sampler):
+    """Why FRDiff was farther from full sampling than fewer steps with this sampler, a sentence; None where it was not.
+
+    settings: MixSettings. Measured sampler by sampler, docs/frdiff.md.
+    """
+    facts, name = sampler_facts(sampler), sampler_name(sampler)
+    if name.endswith(CFG_PP) and facts.order > 1:
+        return (f"sampler {name} builds on earlier outputs of the negative pass: FRDiff would harm it, "
+                "nothing is skipped")
+    if name.endswith(CFG_PP) and getattr(guider, "cfg", 1.0) > CFG_PP_MOST:
+        return (f"sampler {name} is made for a cfg of about 1, this run has {guider.cfg:g}: FRDiff would harm it, "
+                "nothing is skipped")
+    if settings.mixing == "automatic" and facts.order > 1 and facts.calls == 1 and not facts.noise:
+        return (f"sampler {name} builds on earlier evaluations, where fewer steps are better than reused features: "
+                "nothing is skipped (score_mixing features reuses them all the same)")
+    return None
+
+
+class FullPlan:
+    """Everything in full, for a reason."""
+
+    reuses = False
+
+    def __init__(self, reason):
+        self.notes = [reason]
+
+    def at(self, evaluation):
+        """The Step of an evaluation."""
+        return FULL
+
+
 class MixPlan:
     """FRDiff: keyframes, and between them the last score, reused features or a mix of both.
 
     Samplers with several calls a step have their keyframe at the last one: errors of the first only
     move the point that is probed. Where scores may not be held (may_jump), features are reused.
     "automatic" holds scores throughout: at equal cost that was nearer to full sampling than the paper's
-    lambda on our models, whether they predict noise or velocity.
+    lambda on our models, whether they predict noise or velocity. See also `nothing_to_gain`.
     """
 
     notes = ()
@@ -80,7 +117,7 @@ class PolicyPlan:
     def __init__(self, policy, guider, sampler, sigmas):
         facts, evaluations, found = sampler_facts(sampler), sigmas[:-1], policy.setup
         self.notes = list(other_settings(found, guider, sampler))
-        if _other_cfg(found, guider):
+        if not _weights_serve(found, guider):
             policy = policy.without_weights()
         # What lies between the sigmas of a sampler with more calls a step is known from calibration only.
         usable = facts.calls == 1 or found.steps == len(evaluations)
@@ -102,8 +139,8 @@ class PolicyPlan:
 def other_settings(found, guider, sampler):
     """Sentences on how a run differs from the Setup `found`, its evaluations aside."""
     if _other_cfg(found, guider):
-        yield (f"the policy was found at cfg {found.cfg:g}, this run has {guider.cfg:g}: the weights that were fitted "
-               "to it are left out")
+        left = "near enough for its weights" if _weights_serve(found, guider) else "its fitted weights are left out"
+        yield f"the policy was found at cfg {found.cfg:g}, this run has {guider.cfg:g}: {left}"
     if not _is_sampler(found.sampler, sampler):
         yield f"the policy was found with sampler {found.sampler}, this run has {sampler_name(sampler)}"
 
@@ -122,6 +159,11 @@ def other_grid(found, steps):
 def _other_cfg(found, guider):
     cfg = getattr(guider, "cfg", None)
     return cfg is not None and not math.isclose(cfg, found.cfg, abs_tol=1e-6)
+
+
+def _weights_serve(found, guider):
+    low, high = (share * found.cfg for share in SAME_CFG)
+    return not _other_cfg(found, guider) or low <= guider.cfg <= high
 
 
 def _is_sampler(name, sampler):

@@ -2,8 +2,9 @@
 import pytest
 import torch
 
-from fastercache_core.autofr import find_points, gates, squared_error
-from fastercache_core.calibration import Losses, Reference
+from fastercache_core import calibration
+from fastercache_core.autofr import GapErrors, find_points, gates
+from fastercache_core.calibration import Losses, Reference, rms
 from fastercache_core.clock import Clock
 
 COUNT = 16
@@ -17,6 +18,10 @@ def recorded(cond):
         reference.add(evaluation, -sigma, x, x - sigma * cond(sigma), cond(sigma), torch.zeros_like(x))
         x = x - evaluation.step * cond(sigma)
     return reference
+
+
+def size_of(reference):
+    return rms(reference.x[-1] - reference.slope[-1] * reference.sigmas[-1])
 
 
 def fields(count):
@@ -37,21 +42,43 @@ def test_gates_are_zero_or_one_open_at_both_ends_and_pass_the_gradient_of_the_si
     assert torch.allclose(theta.grad, soft * (1 - soft))
 
 
-def test_the_error_is_that_of_sampling_with_lines_through_the_last_two_computed_values():
+def opened(points):
+    return torch.tensor([[float(step.action == "FULL") for step in point.steps] for point in points]).double()
+
+
+def test_the_error_of_any_gates_is_the_one_that_exact_search_goes_by():
     reference = line_then_noise()
     losses = Losses(reference)
-    opened = [True, True, False, True, False, False, True, True, True, False, *[True] * 6]
-    change, known = 0.0, []
-    for m, is_open in enumerate(opened):
-        true = reference.cond[m].double()
-        if is_open:
-            known = [(SIGMAS[m], true), *known[:1]]
-        else:
-            (s0, v0), (s1, v1) = known
-            change = change + reference.steps[m] * (v0 + (SIGMAS[m] - s0) / (s0 - s1) * (v0 - v1) - true)
-    alpha = torch.tensor([opened], dtype=torch.float64)
-    products = torch.from_numpy(losses.products[:COUNT, :COUNT])
-    assert float(squared_error(alpha, products, SIGMAS, losses.effects)) == pytest.approx(float(change.pow(2).mean()))
+    exact = calibration.find_points(reference, losses)
+    found = GapErrors(losses, size_of(reference))(opened(exact)).sqrt()
+    assert found.tolist() == pytest.approx([point.error for point in exact], abs=1e-6)
+
+
+def test_the_gradient_of_a_gate_is_the_difference_that_opening_it_makes():
+    reference = line_then_noise()
+    errors = GapErrors(Losses(reference), size_of(reference))
+    alpha = torch.tensor([[1.0, *[1.0, 0.0] * 7, 1.0]], dtype=torch.float64, requires_grad=True)
+    errors(alpha).sum().backward()
+    for m in range(1, COUNT - 1):
+        both = alpha.detach().repeat(2, 1)
+        both[:, m] = torch.tensor([0.0, 1.0])
+        closed, full = errors(both).tolist()
+        assert float(alpha.grad[0, m]) == pytest.approx(full - closed, abs=1e-9)
+
+
+def test_skipping_more_in_a_row_than_exact_search_may_is_as_bad_as_losing_the_picture():
+    reference = line_then_noise()
+    alpha = torch.zeros(1, COUNT, dtype=torch.float64)
+    alpha[0, [0, 7, 10, -1]] = 1.0  # six in a row are skipped, then two and four
+    assert float(GapErrors(Losses(reference), size_of(reference))(alpha)) >= 1.0
+
+
+def test_at_every_cost_it_comes_near_to_the_best_there_is(points):
+    reference = line_then_noise()
+    exact = calibration.find_points(reference, Losses(reference))
+    for best in (point for point in exact if 0.3 < point.cost < 0.95):
+        ours = min(point.error for point in points if point.cost <= best.cost + 1e-9)
+        assert ours <= 1.2 * best.error + 0.01
 
 
 @pytest.fixture(scope="module")

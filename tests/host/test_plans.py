@@ -89,6 +89,26 @@ def test_samplers_that_cannot_hold_scores_reuse_features_instead(tiny_models, sa
     assert evaluations(model).get("REUSE", 0) >= 3 and "JUMP" not in evaluations(model)
 
 
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "uni_pc", "res_multistep"])
+def test_automatic_leaves_samplers_alone_with_which_fewer_steps_are_better(tiny_models, sampler):
+    model = attach(tiny_models("sd15"), frdiff("branch", mixing="automatic"))
+    full = sample(tiny_models("sd15"), "sd15", steps=6, sampler=sampler)
+    assert torch.equal(sample(model, "sd15", steps=6, sampler=sampler), full)
+    assert any("fewer steps are better" in note for note in last_report(model)["notes"])
+
+
+@pytest.mark.parametrize("sampler, cfg, says", [
+    ("euler_cfg_pp", 3.0, "a cfg of about 1, this run has 3"), ("euler_cfg_pp", 1.0, None),
+    ("euler_ancestral_cfg_pp", 3.0, "a cfg of about 1"), ("dpmpp_2m_cfg_pp", 1.0, "outputs of the negative pass"),
+    ("dpmpp_2s_ancestral_cfg_pp", 1.0, "outputs of the negative pass"),
+])
+def test_samplers_of_cfg_pp_are_left_alone_where_skipping_harms_them(tiny_models, sampler, cfg, says):
+    model = attach(tiny_models("sd15"), frdiff("branch"))
+    full = sample(tiny_models("sd15"), "sd15", steps=6, sampler=sampler, cfg=cfg)
+    assert torch.equal(sample(model, "sd15", steps=6, sampler=sampler, cfg=cfg), full) == bool(says)
+    assert not says or any(says in note for note in last_report(model)["notes"])
+
+
 def test_samplers_with_two_calls_a_step_have_their_key_at_the_second(tiny_models):
     model = attach(tiny_models("sd15"), frdiff("branch"))
     sample(model, "sd15", steps=6, sampler="heun")
@@ -141,11 +161,13 @@ def test_a_run_like_the_one_it_was_found_for_is_told_nothing(tiny_models):
     assert plan.notes == [] and plan.expected[3][1].cond == (1.5, -0.5)
 
 
-def test_at_another_cfg_the_actions_stay_and_the_weights_do_not(tiny_models):
-    plan = plan_of(tiny_models("sd3"), weighted(), cfg=9.0)
+@pytest.mark.parametrize("cfg, kept", [(1.5, False), (3.0, True), (4.2, True), (6.0, False)])
+def test_at_another_cfg_the_actions_stay_and_the_weights_where_it_is_near_or_lower(tiny_models, cfg, kept):
+    plan = plan_of(tiny_models("sd3"), weighted(), cfg=cfg)
     assert [step.action for _, step in plan.expected] == [step.action for step in weighted().steps]
-    assert not any(step.cond or step.difference for _, step in plan.expected)
-    assert len(plan.notes) == 1 and "found at cfg 4, this run has 9" in plan.notes[0]
+    assert any(step.cond or step.difference for _, step in plan.expected) == kept
+    [note] = plan.notes
+    assert f"found at cfg 4, this run has {cfg:g}" in note and ("left out" in note) != kept
 
 
 @pytest.mark.parametrize("changes, says", [
