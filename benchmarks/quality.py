@@ -294,9 +294,9 @@ def table(summary):
     for run in summary["runs"]:
         gain = "" if run["gain"] is None else f"{run['gain']:+5.1f}"
         psnr = "   equal     " if run["psnr"] >= EQUAL else f"{run['psnr']:5.1f} +- {run['psnr_95']:<4.1f}"
-        notes = [f"met by {run['met']:.0%}, median {run['above']:+.1f} dB"] * ("met" in run) + run["notes"]
+        wish = [f"met by {run['met']:.0%}, median {run['above']:+.1f} dB"] if "met" in run else []
         lines.append(f"{run['name']:<34} {run['cost']:4.2f}  {psnr}  {run['psnr_worst']:5.1f}  {run['ssim']:6.4f}  "
-                     f"{gain:6} {'; '.join(notes)}".rstrip())
+                     f"{gain:6} {'; '.join(wish + run['notes'])}".rstrip())
     for ours, controls in summary["areas"].items():
         lines += [f"{ours} above {control}: {found['mean']:+.1f} dB over {found['width']:.2f} of cost"
                   for control, found in controls.items() if found["mean"] is not None]

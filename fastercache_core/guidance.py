@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 from .bands import split
 from .clock import Window
-from .correction import Correction
 from .gate import ErrorEstimate
 from .measured import make_history
 from .schedule import Interval, IntervalSchedule
@@ -79,7 +78,6 @@ class GuidanceCache:
         self.high_window = settings.high_window.sigmas(percent_to_sigma)
         self.weights = (1.0, 1.0)
         self.error = error or ErrorEstimate()
-        self.correction = Correction()
 
     def may_estimate(self, evaluation):
         """True when the schedule allows it and enough differences are known."""
@@ -119,7 +117,6 @@ class GuidanceCache:
     def reset(self):
         """Forget everything, so that the next evaluation is full."""
         self.history.clear()
-        self.correction.clear()
         self.schedule.reset()
 
     def _next_weights(self, sigma):

@@ -6,7 +6,6 @@ held score. The other branches follow from their differences to this one, see `g
 from dataclasses import dataclass, field
 
 from .bands import split
-from .correction import Correction
 from .gate import ErrorEstimate
 from .measured import make_history
 from .schedule import Interval, IntervalSchedule
@@ -30,7 +29,6 @@ class JumpCache:
         self.schedule = IntervalSchedule(settings.interval, percent_to_sigma)
         self.history = make_history(settings.forecast)
         self.error = error or ErrorEstimate()
-        self.correction = Correction()
         self.in_bands = settings.forecast == "measured"
 
     def may_jump(self, evaluation):
@@ -66,5 +64,4 @@ class JumpCache:
     def reset(self):
         """Forget everything, so that the next evaluation is computed."""
         self.history.clear()
-        self.correction.clear()
         self.schedule.reset()

@@ -4,7 +4,8 @@ import json
 import numpy as np
 import pytest
 from benchmarks import quality
-from benchmarks.quality import FULL, Cells, Method, Setting, entry, frame_error, measure, named_node, parse, summarise
+from benchmarks.quality import (FULL, Cells, Method, Setting, entry, frame_error, measure, named_node, parse, summarise,
+                                table)
 from benchmarks.tools.frontier import area, at_cost, frontier, interval
 from benchmarks.tools.sampling import Result
 
@@ -191,3 +192,12 @@ def test_all_widens_only_what_is_not_given():
 def test_the_summary_is_plain_json():
     results = {FULL: [cell(100, [100.0])], Method("automatic", "a"): [cell(50, [45.0])]}
     json.loads(json.dumps(summarise(SETTING, results), allow_nan=False))
+
+
+def test_the_table_says_how_often_and_how_far_a_wish_was_met():
+    asked = Method("automatic", "42 dB", asked=42.0)
+    results = {FULL: [cell(100, [100.0])], asked: [cell(50, [40.0, 43.0, 45.0, 50.0])],
+               Method("LazyCache", "l"): [cell(60, [35.0])]}
+    lines = table(summarise(SETTING, results)).splitlines()
+    told = [line for line in lines if "met by" in line]
+    assert len(told) == 1 and told[0].endswith("met by 75%, median +2.0 dB")

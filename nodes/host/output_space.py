@@ -35,10 +35,6 @@ class OutputSpace:
         """
         return self.scale.flatten().abs() / (self.sigma * rms(latent)).clamp_min(1e-9)
 
-    def weight(self, evaluation):
-        """How far an Euler step from `evaluation` moves the latent for one unit of output, [batch, 1, ...]."""
-        return self.scale * (evaluation.step / evaluation.sigma)
-
     def add(self, denoised, output):
         """A denoised latent moved by a difference in output space."""
         return torch.addcmul(denoised, self.scale.to(denoised.dtype), output.to(denoised.dtype))

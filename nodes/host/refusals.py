@@ -11,7 +11,7 @@ def refusals(settings, guider, sampler):
     reason = _everything(guider, sampler)
     if reason:
         return dict.fromkeys(wanted, reason)
-    checks = {"jump": lambda: _jump(guider, sampler), "reuse": lambda: _reuse(settings, guider)}
+    checks = {"jump": lambda: _jump(settings, guider, sampler), "reuse": lambda: _reuse(settings, guider)}
     found = {name: checks[name]() for name in wanted if name in checks}
     return {name: reason for name, reason in found.items() if reason}
 
@@ -34,13 +34,13 @@ def _mixes_branches(options):
     return any("NAGuidance" in getattr(patch, "__qualname__", "") for patch in patches)
 
 
-def _jump(guider, sampler):
+def _jump(settings, guider, sampler):
     if "sampler_calc_cond_batch_function" in guider.model_options:
         return "another node runs the branches one by one: no evaluation is forecast"
     facts = sampler_facts(sampler)
     if facts.noise:
         return f"sampler {sampler_name(sampler)} adds noise on the way: no evaluation is forecast"
-    if facts.calls > 1 or facts.order > 1:
+    if (facts.calls > 1 or facts.order > 1) and not (settings.auto and facts.solver):
         return (f"sampler {sampler_name(sampler)} builds on differences between evaluations: "
                 "none is forecast")
     return None
@@ -48,10 +48,7 @@ def _jump(guider, sampler):
 
 def _reuse(settings, guider):
     network = guider.model_patcher.model.diffusion_model
-    name = type(getattr(network, "_orig_mod", network)).__name__
-    family = find_family(getattr(network, "_orig_mod", network))
-    if family is None:
-        return f"feature reuse does not know {name} yet: all of it always runs"
-    if not available(family, settings.reuse.intervals)[0]:
-        return f"{name} has no {' or '.join(settings.reuse.intervals)} features to reuse: all of it always runs"
-    return None
+    family, kinds = find_family(getattr(network, "_orig_mod", network)), settings.reuse.intervals
+    if available(family, kinds)[0]:
+        return None
+    return f"{family.name} has no {' or '.join(kinds)} features to reuse: all of it always runs"

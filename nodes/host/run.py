@@ -45,7 +45,7 @@ class CacheRun:
         self.clock = Clock(sigmas.tolist())
         facts = sampler_facts(sampler)
         self.walks_grid = facts is not None and facts.calls == 1 and not facts.noise
-        self.correctable = facts is not None and facts.euler
+        self.solver = facts.solver if facts else None
         self.started = self.evaluation_started = time.perf_counter()
         self.scopes, self.passes = {}, {}
         self.evaluation = self.record = self.reference = None
@@ -154,8 +154,7 @@ class CacheRun:
             del self.scopes[key]
         if window not in self.scopes:
             percent_to_sigma = self.model_sampling.percent_to_sigma
-            self.scopes[window] = Scope(self.settings, percent_to_sigma, guidance_scale(self.guider),
-                                        self.correctable)
+            self.scopes[window] = Scope(self.settings, percent_to_sigma, guidance_scale(self.guider), self.solver)
         return self.scopes[window]
 
     def _features(self):

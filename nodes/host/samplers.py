@@ -4,16 +4,16 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class SamplerFacts:
-    """calls: network calls a step; noise: fresh noise is added on the way; order: of the solver; euler:
-    a step is (x - denoised) / sigma times the step in sigma, nothing else."""
+    """calls: network calls a step; noise: fresh noise is added on the way; order: of the solver; solver:
+    the entry of `correction.SOLVERS` that tells its steps, None where there is none."""
     calls: int = 1
     noise: bool = False
     order: int = 1
-    euler: bool = False
+    solver: str | None = None
 
 
 SAMPLERS = {
-    "sample_euler": SamplerFacts(euler=True),
+    "sample_euler": SamplerFacts(solver="euler"),
     "sample_euler_cfg_pp": SamplerFacts(),
     "sample_euler_ancestral": SamplerFacts(noise=True),
     "sample_euler_ancestral_RF": SamplerFacts(noise=True),
@@ -26,9 +26,9 @@ SAMPLERS = {
     "sample_deis": SamplerFacts(order=3),
     "sample_unipc": SamplerFacts(order=3),
     "sample_unipc_bh2": SamplerFacts(order=3),
-    "sample_dpmpp_2m": SamplerFacts(order=2),
+    "sample_dpmpp_2m": SamplerFacts(order=2, solver="dpmpp_2m"),
     "sample_dpmpp_2m_cfg_pp": SamplerFacts(order=2),
-    "sample_res_multistep": SamplerFacts(order=2),
+    "sample_res_multistep": SamplerFacts(order=2, solver="res_multistep"),
     "sample_res_multistep_cfg_pp": SamplerFacts(order=2),
     "sample_res_multistep_ancestral": SamplerFacts(order=2, noise=True),
     "sample_res_multistep_ancestral_cfg_pp": SamplerFacts(order=2, noise=True),
@@ -74,5 +74,5 @@ def sampler_facts(sampler):
     """
     facts = SAMPLERS.get(sampler_name(sampler))
     if facts is not None and getattr(sampler, "extra_options", {}).get("s_churn", 0) > 0:
-        return replace(facts, noise=True, euler=False)
+        return replace(facts, noise=True, solver=None)
     return facts

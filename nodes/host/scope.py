@@ -3,6 +3,7 @@
 A run has one scope, or one per context window of a long video.
 """
 from ...fastercache_core.auto import Foresight, Rhythm
+from ...fastercache_core.correction import Correction
 from ...fastercache_core.gate import ErrorEstimate, Gate
 from ...fastercache_core.guidance import GuidanceCache
 from ...fastercache_core.jump import JumpCache
@@ -14,14 +15,15 @@ from .branches import branch_is_active, fingerprint
 class Scope:
     """Outputs and differences of one region, kept across the evaluations of a run."""
 
-    def __init__(self, settings, percent_to_sigma, guidance_scale, correctable=False):
-        """guidance_scale: the guider's cfg, by which errors of differences are multiplied; correctable:
-        the sampler's step is the slope times the step in sigma, so that a wrong one can be made good.
+    def __init__(self, settings, percent_to_sigma, guidance_scale, solver=None):
+        """guidance_scale: the guider's cfg, by which errors of differences are multiplied; solver: the
+        sampler's, if it is one whose wrong steps the automatic mode can make good, see `correction`.
         """
         self.settings = settings
         self.measures = bool(settings.gate or settings.auto)
-        self.corrects = bool(settings.auto) and correctable
-        self.rhythm = Rhythm(settings.auto, percent_to_sigma, self.corrects) if settings.auto else None
+        self.solver = solver if settings.auto else None
+        self.corrections = {}
+        self.rhythm = Rhythm(settings.auto, percent_to_sigma, solver) if settings.auto else None
         self.guidance_scale = guidance_scale
         self.percent_to_sigma = percent_to_sigma
         self.watch = Foresight if settings.auto else ErrorEstimate
@@ -52,12 +54,10 @@ class Scope:
                 action = Action.FULL
             if not (planned and reused):
                 self._observe(evaluation, outputs, reference, active, space, x)
-            if self.corrects and reference in active:
-                outputs = self._correct(evaluation, outputs, reference, others, space)
         else:
             outputs = self._fill(action, evaluation, run_branches, conds, reference, others, x, space, planned)
-            if self.corrects:
-                self._note_skipped(action, evaluation, outputs, reference, others, space)
+        if self.solver and reference in active:
+            outputs = self._corrected(outputs, action, evaluation, reference, others, space)
         actions = dict.fromkeys(active, action)
         if action == Action.ESTIMATE:
             actions[reference] = Action.FULL
@@ -67,10 +67,11 @@ class Scope:
         """Forget everything, so that the next evaluation is full."""
         for method in [*self._methods(), *([self.rhythm] if self.rhythm else [])]:
             method.reset()
+        self.corrections.clear()
 
     def tensors(self):
         """Every tensor held."""
-        return [t for method in self._methods() for t in method.tensors()]
+        return [t for holder in (*self._methods(), *self.corrections.values()) for t in holder.tensors()]
 
     def _choose(self, evaluation, has_reference, others, planned):
         if not has_reference:
@@ -126,25 +127,21 @@ class Scope:
             outputs[i] = self.differences[i].estimate(evaluation, cond, space.scale, values)
         return outputs
 
-    def _note_skipped(self, action, evaluation, outputs, reference, others, space):
-        """Remember forecasts until `_correct` knows better."""
-        weight = space.weight(evaluation)
-        cond = outputs[reference]
-        if action == Action.JUMP:
-            self.jump.correction.add(evaluation, space.output(cond), weight)
-        for i in others:
-            self.differences[i].correction.add(evaluation, space.difference(outputs[i], cond), weight)
-
-    def _correct(self, evaluation, outputs, reference, others, space):
-        """Outputs of a computed evaluation with what the forecasts before it got wrong made good."""
-        settle = lambda method: method.correction.settle(evaluation, method.history, space.weight(evaluation))
-        shift = settle(self.jump) if self.jump else None
+    def _corrected(self, outputs, action, evaluation, reference, others, space):
+        """Outputs of an evaluation, with what forecasts before it got wrong made good."""
+        cond, shifts = outputs[reference], {}
+        for i, method in [(reference, self.jump), *((i, self.differences.get(i)) for i in others)]:
+            correction = self.corrections.setdefault(i, Correction(self.solver))
+            if method and action == Action.FULL:
+                shifts[i] = correction.settle(evaluation, method.history, space.scale)
+            elif method:
+                signal = space.output(cond) if i == reference else space.difference(outputs[i], cond)
+                shifts[i] = correction.forecast(evaluation, signal, space.scale)
         corrected = [*outputs]
         for i in (reference, *others):
-            own = settle(self.differences[i]) if i != reference and i in self.differences else None
-            shifts = [s for s in (shift, own) if s is not None]
-            if shifts:
-                corrected[i] = space.add(outputs[i], sum(shifts))
+            own = [shifts[j] for j in {reference, i} if shifts.get(j) is not None]
+            if own:
+                corrected[i] = space.add(outputs[i], sum(own))
         return corrected
 
     def _mix(self, outputs, planned, evaluation, reference, others, x, space):

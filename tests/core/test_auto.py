@@ -2,21 +2,19 @@
 import pytest
 import torch
 
-from fastercache_core.auto import CLOSENESS, LEAST, LEAST_UNCORRECTED, AutoSettings, Foresight, Rhythm, foreseen
+from fastercache_core.auto import LEAST, LEAST_UNCORRECTED, REACHED, AutoSettings, Foresight, Rhythm, foreseen
 from fastercache_core.clock import Clock, Window
-from fastercache_core.correction import Correction
-from fastercache_core.forecast import FORECASTS, History
 from fastercache_core.measured import make_history
 
 STEPS = 30
 
 
-def sample(error, closeness=42.0, corrected=True, steps=STEPS, **settings):
+def sample(error, closeness=42.0, solver="euler", steps=STEPS, **settings):
     """Which evaluations of a run with even sigmas are skipped, as "F" and "-".
 
     error(ordinal): of the latent's slope, by a forecast for the next evaluation; it grows with the gap.
     """
-    rhythm = Rhythm(AutoSettings(closeness, **settings), lambda percent: 1 - percent, corrected)
+    rhythm = Rhythm(AutoSettings(closeness, **settings), lambda percent: 1 - percent, solver)
     clock, done = Clock([1 - i / steps for i in range(steps + 1)]), ""
     for ordinal in range(steps):
         evaluation = clock.tick(1 - ordinal / steps)
@@ -58,7 +56,7 @@ def test_what_cannot_be_reached_by_skipping_is_sampled_in_full():
 
 def test_less_than_forecasts_are_good_for_is_not_asked_of_them():
     assert sample(lambda _: 0.5, 10) == sample(lambda _: 0.5, LEAST)
-    assert sample(lambda _: 0.5, 10, corrected=False) == sample(lambda _: 0.5, LEAST_UNCORRECTED, corrected=False)
+    assert sample(lambda _: 0.5, 10, solver=None) == sample(lambda _: 0.5, LEAST_UNCORRECTED, solver=None)
 
 
 @pytest.mark.parametrize("closeness", [35, 40, 45, 50, 55])
@@ -66,7 +64,7 @@ def test_less_than_forecasts_are_good_for_is_not_asked_of_them():
 def test_the_squared_effects_add_up_to_no_more_than_the_closeness_allows(error, closeness):
     done = sample(lambda _: error, closeness)
     total = sum((error * gap * gap / STEPS) ** 2 for gap in gaps(done) if gap > 1)
-    assert total <= 10 ** ((CLOSENESS - closeness) / 10) * (1 + 1e-6)
+    assert total <= 10 ** ((REACHED["euler"] - closeness) / 10) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("error", [0.02, 0.05, 0.1])
@@ -94,12 +92,12 @@ def test_what_a_gap_really_did_counts_not_what_was_foreseen():
 
 
 def test_uncorrected_errors_allow_less():
-    assert cost(sample(lambda _: 0.05, 42, corrected=False)) > cost(sample(lambda _: 0.05, 42))
+    assert cost(sample(lambda _: 0.05, 42, solver=None)) > cost(sample(lambda _: 0.05, 42))
 
 
 def test_of_two_calls_a_step_the_one_at_a_sigma_seen_before_is_skipped():
     sigmas = [1 - i / STEPS for i in range(STEPS)]
-    rhythm, clock = Rhythm(AutoSettings(45), lambda percent: 1 - percent, False), Clock([*sigmas, 0.0])
+    rhythm, clock = Rhythm(AutoSettings(45), lambda percent: 1 - percent, None), Clock([*sigmas, 0.0])
     calls, skipped = [sigmas[0], *(s for s in sigmas[1:] for _ in range(2))], []
     for number, sigma in enumerate(calls):
         evaluation = clock.tick(sigma)
@@ -134,7 +132,7 @@ def test_the_device_is_read_once_for_each_gap():
         def error(self, value):
             pass
 
-    rhythm = Rhythm(AutoSettings(35), lambda percent: 1 - percent, True)
+    rhythm = Rhythm(AutoSettings(35), lambda percent: 1 - percent, "euler")
     clock = Clock([1 - i / STEPS for i in range(STEPS + 1)])
     for ordinal in range(STEPS):
         evaluation = clock.tick(1 - ordinal / STEPS)
@@ -153,47 +151,3 @@ def test_a_forecast_is_watched_as_soon_as_one_value_is_known():
     history.push(0.9, (3 * one, 0 * one))
     signal.observe(history, 0.8, 5 * one, torch.ones(2))
     assert signal.error.tolist() == pytest.approx([0.0, 0.0], abs=1e-5), "a straight line"
-
-
-def euler(skip, steps, slope, wrong):
-    """The latent at the end of an Euler run; slope(sigma) is misjudged by `wrong` at `skip`, then made good."""
-    history, correction = History(FORECASTS["quadratic"]), Correction()
-    clock, x = Clock([(1 - i / steps) ** 1.3 for i in range(steps + 1)]), torch.ones(1, 1, dtype=torch.float64)
-    for sigma in clock.grid:
-        evaluation = clock.tick(sigma)
-        weight = torch.full((1, 1), -evaluation.step, dtype=torch.float64)
-        value = torch.full((1, 1), slope(sigma), dtype=torch.float64)
-        if evaluation.ordinal in skip:
-            value = value + wrong
-            correction.add(evaluation, value, weight)
-        else:
-            history.push(sigma, (value,))
-            shift = correction.settle(evaluation, history, weight)
-            value = value if shift is None else value + shift
-        x = x + weight * value
-    return x.item()
-
-
-@pytest.mark.parametrize("skip", [range(5, 29, 2), [i for i in range(5, 29) if i % 3], [7, 8, 9, 12]])
-def test_however_wrong_a_forecast_was_most_of_it_is_made_good(skip):
-    slope = lambda sigma: 1 - 2 * sigma + 3 * sigma ** 2  # what interpolation knows exactly
-    full = euler((), STEPS, slope, 0.0)
-    left = euler(skip, STEPS, slope, 5.0) - full
-    wrong = 5.0 * sum(((1 - i / STEPS) ** 1.3) - ((1 - (i + 1) / STEPS) ** 1.3) for i in skip)
-    assert abs(left) < 0.25 * wrong
-
-
-def test_of_an_error_half_shrinks_with_the_noise_level():
-    history, correction, one = History(FORECASTS["linear"]), Correction(), torch.ones(1, 1)
-    clock = Clock([0.9, 0.8, 0.7, 0.4, 0.0])
-    first, skipped, computed, _ = (clock.tick(s) for s in (0.9, 0.8, 0.7, 0.4))
-    history.push(first.sigma, (one,))
-    correction.add(skipped, 3 * one, 0.1 * one)
-    history.push(computed.sigma, (one,))
-    shift = correction.settle(computed, history, 0.3 * one).item()
-    assert shift == pytest.approx(-2 * 0.1 / 0.3 * (0.5 + 0.5 * 0.4 / 0.7), rel=1e-4)
-    assert correction.settle(computed, history, one) is None  # once
-
-
-def test_with_nothing_skipped_there_is_nothing_to_make_good():
-    assert Correction().settle(None, None, None) is None
