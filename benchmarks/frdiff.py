@@ -5,7 +5,7 @@ held throughout, features reused throughout) and the policies of FasterCacheAuto
 prompts. Beside each run stand the fewest plain steps that cost no less in counted FLOPs, beside some
 dpmpp_2m at that cost too; all of them also against the converged solution (dpmpp_2m at many steps).
 Part 2 (`--samplers`): FRDiff with every sampler of the host, against full sampling with it.
-Writes output/frdiff/BED.json and prints the tables. `--bed` chooses the model.
+Writes output/frdiff/BED.json and pictures side by side, and prints the tables. `--bed` chooses the model.
 """
 import argparse
 import json
@@ -15,6 +15,7 @@ from dataclasses import replace
 from benchmarks.cfg_cache import against, decibels, numbers, psnr
 from benchmarks.features import count_flops
 from benchmarks.tools.comparison import BATCH, rotated, sample_each
+from benchmarks.tools.pictures import sheet
 from benchmarks.tools.sampling import SEED, Bench, Run
 from testbed.beds import BEDS, node
 from testbed.server import ROOT, Host, plain_errors
@@ -26,6 +27,7 @@ CONVERGED = Run("converged", steps=64, sampler="dpmpp_2m")
 FIXED = ("full", "converged")
 BUDGETS = {"exact search": (0.5, 0.35), "gradient": (0.5,)}
 BESIDE_SECOND_ORDER = ("1 in 2, paper", "1 in 3, paper", "exact search 0.5", "exact search 0.35")
+SHOWN = ("full", "exact search 0.5", "exact search 0.35", "gradient 0.5", "1 in 2, paper", "1 in 3, paper")
 SAMPLER_STEPS, SAMPLER_PICTURES = 20, 4
 OUTPUT = ROOT / "output" / "frdiff"
 
@@ -78,7 +80,19 @@ def measure(bench, steps, batches, converged):
             ways = [full, *rotated(runs + plain_runs(cost, steps), i / len(batches))]
             for name, result in sample_each(bench, ways, batch, SEED + i, bar):
                 results.setdefault(name, []).append(result)
+    side_by_side(results, cost, steps, batches[0]).save(OUTPUT / f"{bench.bed.model}_{steps}.jpg", quality=92)
     return {"steps": steps, "runs": [described(name, results, cost, steps) for name in results]}
+
+
+def side_by_side(results, cost, steps, prompts):
+    """Pictures of the runs SHOWN, each policy followed by the fewer steps at its cost; of clips the last frame."""
+    columns = {}
+    for name in SHOWN:
+        columns[name] = results[name][0].pictures
+        if name.startswith("exact"):
+            plain = f"{plain_steps(cost[name], steps)} steps"
+            columns[plain] = results[plain][0].pictures
+    return sheet({name: shown[:, -shown.shape[2]:] for name, shown in columns.items()}, prompts, len(prompts))
 
 
 def costs(bench, full, runs, prompts):

@@ -19,8 +19,9 @@ ALWAYS = Interval(10 ** 6)
 NEAR = 1e-2
 # At so many times its own cfg a policy's weights still were no worse than forecasts measured during the run.
 SAME_CFG = (0.5, 1.1)
-# Moved to fewer steps than this share of its own, a policy was no longer clearly better than plain fewer steps.
-FEW = 0.75
+# Moved to fewer steps than this share of its own, or than so many, a policy was no longer clearly better than
+# plain fewer steps.
+FEW_SHARE, FEW = 0.75, 20
 # Samplers that use the negative pass by itself (CFG++), and the highest cfg at which FRDiff did them no harm.
 CFG_PP, CFG_PP_MOST = "_cfg_pp", 1.5
 # Actions that need features from the cache.
@@ -150,8 +151,8 @@ def other_grid(found, steps):
     if steps == found.steps:
         return (f"the policy was found at other noise levels ({found.scheduler}): the nearest ones are computed, and "
                 "fitted weights are left out")
-    doubt = "; with so many fewer, find a policy for them: plain fewer steps may be as good" if (
-        steps < FEW * found.steps) else ""
+    few = steps < max(FEW_SHARE * found.steps, min(FEW, found.steps))
+    doubt = "; with so few, find a policy for them: plain fewer steps may be as good" if few else ""
     return (f"the policy was found for {found.steps} steps, this run has {steps}: the nearest noise levels are "
             f"computed, and fitted weights are left out{doubt}")
 

@@ -179,6 +179,13 @@ def test_what_else_differs_is_told(tiny_models, changes, says):
     assert any(says in note for note in plan_of(tiny_models("sd3"), weighted(), **changes).notes)
 
 
+@pytest.mark.parametrize("found, steps, doubted", [(30, 26, False), (30, 22, True), (20, 16, True), (10, 20, False)])
+def test_a_policy_moved_to_few_steps_says_that_fewer_steps_may_be_as_good(tiny_models, found, steps, doubted):
+    told = replace(weighted(), setup=replace(weighted().setup, steps=found))
+    [note] = plan_of(tiny_models("sd3"), told, steps=steps).notes
+    assert f"found for {found} steps, this run has {steps}" in note and ("may be as good" in note) == doubted
+
+
 def test_ddim_is_euler_under_another_name(tiny_models):
     assert plan_of(tiny_models("sd3"), weighted(), sampler="ddim").notes == []
 
