@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import ticker  # noqa: E402
 
 PROMPTS = 16
 FORECASTS = {"hold": "tab:blue", "linear": "tab:cyan", "constant": "tab:orange", "measured": "tab:green"}
@@ -172,7 +173,8 @@ def picture():
     lines += [plt.Line2D([], [], color="gray", marker=m, ls="", label=n) for n, m in DEPTHS.items()]
     lines += [plt.Line2D([], [], color="gray", marker="o", mfc="none", ls="", label="kept in fp8")]
     lines += [plt.Line2D([], [], color="black", label="fewer steps"),
-              plt.Line2D([], [], color="tab:red", ls="--", label="whole steps skipped")]
+              plt.Line2D([], [], color="tab:red", ls="--", label="whole steps skipped"),
+              plt.Line2D([], [], color="black", ls=":", label="the best in so much memory")]
     figure.legend(handles=lines, loc="outside lower center", ncols=4, fontsize=9)
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     save(figure, PICTURE)
@@ -192,18 +194,21 @@ def draw_costs(panel, bed, runs):
 
 
 def draw_budgets(panel, bed, runs):
-    """One bed: what every way gains over fewer steps at its cost, against its memory; the line is the best so far."""
+    """One bed: what every way gains over fewer steps at its cost, against its memory, and the best of them."""
     ways = list(itertools.product(OWN_DEPTHS[bed], FORECASTS, ("native", "fp8")))
     points = [(run["MB"], run["gain"], *which) for which in ways if "gain" in (run := runs.get(way(*which), {}))]
     for megabytes, gain, depth, forecast, dtype in points:
         fill = "none" if dtype == "fp8" else FORECASTS[forecast]
         panel.plot(megabytes, gain, DEPTHS[depth], color=FORECASTS[forecast], ms=8, alpha=0.85, mfc=fill)
-    best = [max((p for p in points if p[0] <= budget), key=lambda p: p[1])[:2] for budget in
-            sorted(p[0] for p in points)]
-    panel.step(*zip(*best), "k-", where="post", lw=1, zorder=0)
+    budgets = sorted(p[0] for p in points)
+    best = [max(p[1] for p in points if p[0] <= budget) for budget in budgets]
+    panel.step([*budgets, budgets[-1] * 1.3], [*best, best[-1]], "k:", where="post", lw=1.5, zorder=0)
     panel.axhline(0, color="gray", lw=0.8)
     panel.set(xlabel="memory of 8 pictures' features, MB", ylabel="gain over fewer steps, dB", xscale="log")
-    panel.grid(alpha=0.3, which="both")
+    panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_locator(ticker.NullLocator())
+    panel.grid(alpha=0.3)
 
 
 def way(depth, forecast, dtype):

@@ -51,8 +51,10 @@ class FeatureMemory:
         for branch, feature in features.items():
             if self.promised[branch, site] is None:
                 continue
-            kept = self._as_older(self.features.pop((branch, site), ()), feature)
-            stored = tuple(t if t is None else self.storage.put(t) for t in feature)
+            kept = self.features.pop((branch, site), ())
+            spare = self._spare(kept, feature)
+            kept = self._as_older(kept, feature)
+            stored = tuple(t if t is None else self.storage.put(t, old) for t, old in zip(feature, spare))
             ordinal = self.recorded[branch, site[0]][0]
             self.features[branch, site] = (Output(ordinal, sigma, stored), *kept)
 
@@ -115,6 +117,11 @@ class FeatureMemory:
                  for branch, feature in features.items() if (branch, site) not in self.promised}
         fits = self.budget is None or self._promised_bytes() + sum(sizes.values()) <= self.budget
         self.promised.update(sizes if fits else dict.fromkeys(sizes))
+
+    def _spare(self, kept, feature):
+        """What of the oldest of outputs `kept` may be written over by `feature`, None where nothing."""
+        oldest = kept[self.depth - 1].feature if len(kept) == self.depth else [None] * len(feature)
+        return [old if self.storage.holds_like(old, t) else None for t, old in zip(feature, oldest)]
 
     def _as_older(self, kept, feature):
         """Outputs `kept` as they are beside a newer `feature`. What is dropped makes room before that takes it."""

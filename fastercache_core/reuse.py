@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .forecast import numbers
-from .measured import fit_terms, term_weights
+from .gains import Gains
 from .memory import FeatureMemory
 from .schedule import Interval, IntervalSchedule
 from .storage import StorageSettings
@@ -20,14 +19,8 @@ from .storage import StorageSettings
 OUTPUTS = {"measured": 3, "constant": 2, "linear": 2, "hold": 1}
 REUSE_WEIGHTS = tuple(OUTPUTS)
 
-# Gains of "measured" before anything was measured, and what its fit leans to, relative to the terms' own
-# energy. Below 1, the first gain makes every forecast lag behind, and such errors add up over a run:
-# a least-squares fit alone would choose it so.
-PRIOR, LEAN = (1.0, 1 / 3), 1.0
 # No further beyond the newest output than this many times its distance from the one before.
 REACH = 2.0
-# Gains are fitted to about so many numbers of a feature.
-SAMPLE = 2 ** 18
 # A branch that was not computed for so many intervals has a past too old to continue.
 PATIENCE = 2
 
@@ -64,22 +57,24 @@ def reuse_weight(settings, progress, started_at):
 def extrapolate(newest, older, w):
     """Eq. 5: newest + (newest - older) * w, a new tensor of the same shape and dtype.
 
-    w: float, or a tensor of one number.
+    w: float, or a tensor that broadcasts.
     """
     return torch.lerp(older, newest, 1.0 + w)
 
 
-def blend(past, weights, axis):
-    """Outputs `past` (newest first) times their `weights`, a new tensor.
+def blend(past, steps, axis):
+    """The newest of outputs `past` (newest first) and the differences between them times `steps`: a new tensor.
 
-    weights: [pictures or 1, outputs], each row with sum 1; `axis` of an output counts the pictures. Only
-    differences of outputs are multiplied, so that small dtypes cost no precision.
+    steps: [pictures or 1, outputs - 1]; `axis` of an output counts the pictures. Only differences are
+    multiplied, so that small dtypes cost no precision.
     """
+    if len(past) == 1:
+        return past[0].clone()
     shape = [-1 if i == axis else 1 for i in range(past[0].dim())]
-    result = past[0].clone() if len(past) == 1 else past[0]
-    for i, (newer, older) in enumerate(zip(past, past[1:]), 1):
-        share = -weights[:, i:].sum(1).to(newer.dtype)
-        result = torch.addcmul(result, newer - older, share.reshape(shape))
+    shares = [step.reshape(shape) for step in steps.to(past[0].dtype).unbind(1)]
+    result = extrapolate(*past[:2], shares[0])
+    for newer, older, share in zip(past[1:], past[2:], shares[1:]):
+        result.addcmul_(newer - older, share)
     return result
 
 
@@ -95,11 +90,6 @@ def reachable(sigmas, sigma):
     return kept
 
 
-def sample(x, axis):
-    """About SAMPLE numbers of `x`, spread evenly over those of each picture, in float32: [1, pictures, numbers]."""
-    return x.movedim(axis, 0).flatten(1)[None, :, ::x.numel() // SAMPLE | 1].float()
-
-
 class ReuseCache:
     """Feature reuse during one run."""
 
@@ -109,7 +99,7 @@ class ReuseCache:
                           for kind, interval in settings.intervals.items()}
         outputs = OUTPUTS[settings.weight]
         self.memory = FeatureMemory(settings.storage, outputs, outputs + (settings.weight == "measured"))
-        self.fits = {}
+        self.gains = Gains()
         self.started_at = None
         self.evaluation = None
         self.due = set()
@@ -202,8 +192,7 @@ class ReuseCache:
 
     def _forget(self, gone):
         self.memory.forget(gone)
-        self.fits = {(branch, site, i): fit for (branch, site, i), fit in self.fits.items()
-                     if not gone(branch, site[0])}
+        self.gains.forget(lambda key: gone(key[0], key[1][0]))
 
     def _learn(self, branch, site, feature, axis):
         """Compare a feature that was computed with what its last outputs foretold."""
@@ -213,13 +202,9 @@ class ReuseCache:
         sigmas, kept = zip(*outputs)
         if len(reachable(sigmas, self.evaluation.sigma)) < len(sigmas):
             return
-        terms = term_weights(sigmas, self.evaluation.sigma)
         for i, (value, *past) in enumerate(zip(feature, *kept)):
             if value is not None:
-                past = torch.stack([sample(t, axis) for t in past])
-                _, first, second = torch.tensordot(numbers(terms, past), past, 1)
-                fit, older = fit_terms(sample(value, axis) - past[0], first, second), self.fits.get((branch, site, i))
-                self.fits[branch, site, i] = fit if older is None else older + fit
+                self.gains.learn((branch, site, i), value, past, sigmas, self.evaluation.sigma, axis)
 
     def _forecast(self, branch, site, outputs, axis):
         """The feature of a branch at this evaluation, from its last `outputs`: new tensors."""
@@ -227,18 +212,10 @@ class ReuseCache:
         if self.settings.weight == "measured":
             places = reachable(sigmas, self.evaluation.sigma)
             nodes, kept = [sigmas[i] for i in places], [kept[i] for i in places]
-            weights = [a if a is None else self._weights((branch, site, i), nodes, a) for i, a in enumerate(kept[0])]
-            return tuple(None if w is None else blend(past, w, axis) for w, *past in zip(weights, *kept))
+            steps = lambda i, a: self.gains.steps((branch, site, i), nodes, self.evaluation.sigma, a)
+            return tuple(None if a is None else blend((a, *past), steps(i, a), axis)
+                         for i, (a, *past) in enumerate(zip(*kept)))
         if len(kept) == 1 or sigmas[0] == sigmas[1]:
             return tuple(None if a is None else a.clone() for a in kept[0])
         w = reuse_weight(self.settings, self.evaluation.progress, self.started_at)
         return tuple(None if a is None else extrapolate(a, b, w) for a, b in zip(*kept))
-
-    def _weights(self, key, nodes, like):
-        """Weight of every output in the measured forecast: tensor [pictures or 1, nodes]."""
-        terms = term_weights(nodes, self.evaluation.sigma)
-        if key in self.fits:
-            gains = self.fits[key].gains(PRIOR, LEAN)[:, 0]
-        else:
-            gains = torch.tensor([[1.0, *PRIOR]]).to(like.device)
-        return gains[:, :len(nodes)] @ numbers(terms, gains)

@@ -71,8 +71,23 @@ class Storage:
         """Bytes that all outputs of a feature like `x` will take at rest."""
         return bytes_in(self.newest_dtype, x) + (self.outputs - 1) * bytes_in(self.older_dtype, x)
 
-    def put(self, x):
-        """A copy of `x`, the newest value of a feature, at rest: later work on `x` in place cannot reach it."""
+    @staticmethod
+    def holds_like(stored, x):
+        """True where `stored` is a plain tensor as `x` is: same shape, dtype and device."""
+        if stored is None or x is None:
+            return False
+        data = stored.data
+        return stored.scale is None and (data.shape, data.dtype, data.device) == (x.shape, x.dtype, x.device)
+
+    def put(self, x, spare=None):
+        """A copy of `x`, the newest value of a feature, at rest: later work on `x` in place cannot reach it.
+
+        spare: a Stored that `holds_like` it and is written over. Memory that is given back and taken again at every
+        evaluation costs more time on a CPU than all forecasts.
+        """
+        if spare is not None:
+            spare.data.copy_(x)
+            return spare
         return self._put(x, self.newest_dtype)
 
     def put_change(self, change):

@@ -173,3 +173,17 @@ def test_the_next_site_of_the_kind_is_brought_back_for_the_whole_batch():
     held.recall(["uncond", "cond"], SITES[0])
     following = [value for value in coming if value != 4.0]  # its own are asked for as well
     assert following == [5.0] * 4, "two outputs of two branches of self 1, nothing of cross 0"
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_full_memory_takes_no_new_room_and_forecasts_from_it_stay_as_they_were(depth):
+    memory = FeatureMemory(StorageSettings(), depth)
+    outputs = [torch.full((2, 3), float(i)) for i in range(7)]
+    places = []
+    for ordinal, output in enumerate(outputs):
+        memory.record("cond", "self", ordinal)
+        memory.store(("self", 0), {"cond": (output, None)}, 1.0 - 0.1 * ordinal)
+        places.append({t.data_ptr() for t in memory.tensors()})
+    assert all(place == places[depth] for place in places[depth:])
+    [kept] = memory.recall(["cond"], ("self", 0))
+    assert [feature[0][0, 0].item() for _, feature in kept] == [6.0, 5.0, 4.0][:depth]
