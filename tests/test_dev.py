@@ -147,7 +147,7 @@ def test_the_exit_code_passes_through(tmp_path):
 
 
 def test_tasks():
-    assert dev.task(["test"]) == ["-m", "pytest", "tests"]
+    assert dev.task(["test"]) == ["-m", "pytest", *dev.TWO_AT_A_TIME, "tests"]
     assert dev.task(["test", "-k", "name"]) == ["-m", "pytest", "-k", "name"]
     assert dev.task(["demo"]) == ["-m", "benchmarks.demo"]
     assert dev.task(["bench", "demo"]) == ["-m", "benchmarks.demo"]
