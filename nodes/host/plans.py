@@ -62,7 +62,7 @@ def nothing_to_gain(settings, guider, sampler):
         return (f"sampler {name} is made for a cfg of about 1, this run has {guider.cfg:g}: FRDiff would harm it, "
                 "nothing is skipped")
     if settings.mixing == "automatic" and facts.order > 1 and facts.calls == 1 and not facts.noise:
-        return (f"sampler {name} builds on earlier evaluations, where fewer steps are better than reused features: "
+        return (f"sampler {name} builds on earlier evaluations, where fewer steps can be better than reused features: "
                 "nothing is skipped (score_mixing features reuses them all the same)")
     return None
 
