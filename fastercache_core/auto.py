@@ -18,6 +18,7 @@ from .schedule import Interval, IntervalSchedule
 REACHED = {"euler": 28.0, "dpmpp_2m": 22.0, "res_multistep": 22.0, None: 16.0}
 # Asked for less, fewer steps are better: forecasts then feed on their own errors.
 LEAST, LEAST_UNCORRECTED = 36.0, 42.0
+WORSE = 3.0  # an error so many times the foreseen one is taken as no larger: it may be a single bad forecast
 ALIKE = 1  # a longer gap follows only so many gaps alike: a forecast learns from gaps of one length
 
 
@@ -57,6 +58,7 @@ class Rhythm:
         self.last = None  # the last computed evaluation
         self.passed, self.span = 1, 0.0  # evaluations and sigma between the last two of them
         self.alike = 0  # gaps since the last change
+        self.expected = None  # error at the end of the gap
         self.revisits = False  # the sampler comes back to a sigma, as those with two calls a step do
 
     def may_skip(self, evaluation, signals):
@@ -78,7 +80,7 @@ class Rhythm:
     def reset(self):
         """Forget the past, so that the next evaluation is computed."""
         self.schedule.reset()
-        self.schedule.every, self.passed, self.last = 1, 1, None
+        self.schedule.every, self.passed, self.last, self.expected = 1, 1, None, None
 
     def _choose(self, evaluation, error):
         """Set the gap that begins with the last computed evaluation; error: what its own forecast was wrong by."""
@@ -86,13 +88,16 @@ class Rhythm:
             self.allowed -= (error * self.span) ** 2
         sigmas = [self.last.sigma, evaluation.sigma, *evaluation.following]
         left = len(sigmas) - 1
-        # An error was seen to grow like the gap, and to stay the same for gaps alike.
-        effect = lambda gap: error / self.passed * gap * (sigmas[0] - sigmas[min(gap, left)])
-        fits = [gap for gap in range(2, self.longest + 1) if effect(gap) ** 2 * left / gap <= self.allowed]
         again = abs(sigmas[0] - sigmas[1]) < 1e-6 * sigmas[0]
         self.revisits |= again
+        # An error was seen to grow like the gap, and to stay the same for gaps alike. If it grew more, it goes on so.
+        known = self.expected and not self.revisits
+        growth = min(max(error / self.expected, 1.0), WORSE) if known else 1.0
+        effect = lambda gap: growth * error / self.passed * gap * (sigmas[0] - sigmas[min(gap, left)])
+        fits = [gap for gap in range(2, self.longest + 1) if effect(gap) ** 2 * left / gap <= self.allowed]
         # Where a sigma was seen just before, nearly the same is computed twice: only that is skipped then.
         self._change_to(max(fits, default=1) if again or not self.revisits else 1)
+        self.expected = error / self.passed * self.schedule.every
 
     def _change_to(self, wanted):
         gap = self.schedule.every

@@ -1,4 +1,6 @@
 """The automatic mode: skips as much as the wanted closeness allows, keeps its rhythm, makes errors good."""
+from itertools import accumulate
+
 import pytest
 import torch
 
@@ -151,3 +153,12 @@ def test_a_forecast_is_watched_as_soon_as_one_value_is_known():
     history.push(0.9, (3 * one, 0 * one))
     signal.observe(history, 0.8, 5 * one, torch.ones(2))
     assert signal.error.tolist() == pytest.approx([0.0, 0.0], abs=1e-5), "a straight line"
+
+
+def test_where_errors_grow_from_gap_to_gap_they_are_taken_to_go_on_growing():
+    """At the end of an unguided run they may double with each gap: none can be long there."""
+    steady, growing = (sample(lambda n: 0.002 * by ** max(n - 14, 0), 50) for by in (1.0, 1.3))
+    assert steady[:14] == growing[:14] and max(gaps(steady[14:])) == 5
+    spent = sum((0.002 * 1.3 ** max(end - 14, 0) * gap * gap / STEPS) ** 2
+                for gap, end in zip(gaps(growing), accumulate(gaps(growing))) if gap > 1)
+    assert spent <= 10 ** ((REACHED["euler"] - 50) / 10) * 1.5
