@@ -16,7 +16,7 @@ from .schedule import Interval, IntervalSchedule
 from .storage import StorageSettings
 
 # How many outputs of a site each forecast needs.
-OUTPUTS = {"measured": 3, "constant": 2, "linear": 2, "hold": 1}
+OUTPUTS = {"measured": 3, "spaced": 2, "constant": 2, "linear": 2, "hold": 1}
 REUSE_WEIGHTS = tuple(OUTPUTS)
 
 # No further beyond the newest output than this many times its distance from the one before.
@@ -31,9 +31,9 @@ class ReuseSettings:
 
     intervals: {kind of site: Interval}, see `nodes.host.families.KINDS`.
     weight: "measured" = along the polynomials in sigma through the last two and three outputs, by gains
-        that are fitted for each picture to what really happened; "linear" = the paper's
-        w(t), 0 at the first reuse and `w` at the end of sampling; "constant" = `w` throughout; "hold" =
-        the newest output as it is.
+        that are fitted for each picture to what really happened; "spaced" = along the line through the last two;
+        "linear" = the paper's w(t), 0 at the first reuse and `w` at the end of sampling; "constant" = `w`
+        throughout; "hold" = the newest output as it is.
     w: with one evaluation in two computed, 0.5 continues the last change at its own speed.
     depths: ((name, intervals), ...), the one that saves most first: of these the first that the model has and
         that memory holds is taken in place of `intervals`.
@@ -52,6 +52,12 @@ def reuse_weight(settings, progress, started_at):
     if settings.weight == "constant":
         return settings.w
     return settings.w * (progress - started_at) / max(1.0 - started_at, 1e-6)
+
+
+def spaced_weight(sigmas, sigma):
+    """w(t) of "spaced": how far `sigma` lies beyond outputs computed at `sigmas` (newest, older); 0 if too far."""
+    newest, older = sigmas
+    return (sigma - newest) / (newest - older) if len(reachable(sigmas, sigma)) == 2 else 0.0
 
 
 def extrapolate(newest, older, w):
@@ -217,5 +223,6 @@ class ReuseCache:
                          for i, (a, *past) in enumerate(zip(*kept)))
         if len(kept) == 1 or sigmas[0] == sigmas[1]:
             return tuple(None if a is None else a.clone() for a in kept[0])
-        w = reuse_weight(self.settings, self.evaluation.progress, self.started_at)
+        w = (spaced_weight(sigmas, self.evaluation.sigma) if self.settings.weight == "spaced" else
+             reuse_weight(self.settings, self.evaluation.progress, self.started_at))
         return tuple(None if a is None else extrapolate(a, b, w) for a, b in zip(*kept))

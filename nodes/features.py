@@ -40,9 +40,10 @@ def feature_inputs():
     return [
         advanced(io.Combo.Input("feature_reuse", options=list(FORECASTS), default="as preset",
                                 tooltip="Parts of the network from the cache at every second step. as preset = only "
-                                        "with paper, measured = continued as they were seen to move, constant = "
-                                        "by half their last change, linear = with the paper's growing weight, "
-                                        "hold = as they were.")),
+                                        "with paper, measured = continued as they were seen to move, spaced = "
+                                        "by their last change, as far as the noise level goes, constant = by "
+                                        "half of it, linear = with the paper's growing weight, hold = as they "
+                                        "were.")),
         advanced(io.Combo.Input("reuse_depth", options=[AUTOMATIC, *DEPTHS], default=AUTOMATIC,
                                 tooltip="Which parts. automatic = those that save most of what the model has and "
                                         "memory holds; attention = self-attention (FasterCache); all attention = "

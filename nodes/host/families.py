@@ -29,10 +29,11 @@ class Attention:
 class Stack:
     """A list of blocks that run one after the other.
 
-    streams: what a block takes and gives back, in the order that it gives it: names of arguments, or
-    places among them. whole: True where the blocks hand values past each other, so that only the
-    stack as a whole can be reused. beside: a path of blocks that run beside these, each after one of them
-    and adding to what it gives, and the path of {number of the block: number of the one beside it}.
+    streams: what a block takes and gives back, in the order that it gives it: names of arguments, places among
+    them, or (one of these, a place in the tuple that is given there). whole: True where the blocks hand values
+    past each other, so that only the stack as a whole can be reused. beside: a path of blocks that run
+    beside these, each after one of them and adding to what it gives, and the path of {number of the block:
+    number of the one beside it}.
     """
     path: str
     streams: tuple = (0,)
@@ -82,6 +83,13 @@ FAMILIES = (
     Family("Wan", ("comfy.ldm.wan.model.WanModel",),
            (Attention("WanAttentionBlock", "self_attn"), Attention("WanAttentionBlock", "cross_attn", "cross")),
            (Stack("blocks", beside=("vace_blocks", "vace_layers_mapping")),)),
+    Family("LTXV with audio", ("comfy.ldm.lightricks.av_model.LTXAVModel",),  # derived from LTXV's own: before it
+           (Attention("BasicAVTransformerBlock", "attn1"), Attention("BasicAVTransformerBlock", "audio_attn1"),
+            Attention("BasicAVTransformerBlock", "attn2", "cross"),
+            Attention("BasicAVTransformerBlock", "audio_attn2", "cross"),
+            Attention("BasicAVTransformerBlock", "audio_to_video_attn", "cross"),
+            Attention("BasicAVTransformerBlock", "video_to_audio_attn", "cross")),
+           (Stack("transformer_blocks", ((0, 0), (0, 1))),)),
     Family("LTXV", ("comfy.ldm.lightricks.model.LTXVModel",),
            (Attention("BasicTransformerBlock", "attn1"), Attention("BasicTransformerBlock", "attn2", "cross")),
            (Stack("transformer_blocks"),)),

@@ -314,7 +314,14 @@ def _first(args, kwargs):
 
 
 def _streams(streams, args, kwargs):
-    return [kwargs[key] if isinstance(key, str) else args[key] for key in streams]
+    return [_stream(key, args, kwargs) for key in streams]
+
+
+def _stream(key, args, kwargs):
+    if isinstance(key, tuple):
+        argument, place = key
+        return _stream(argument, args, kwargs)[place]
+    return kwargs[key] if isinstance(key, str) else args[key]
 
 
 def _each(function, output, base):

@@ -98,6 +98,21 @@ def test_any_number_of_bands_adds_up_to_the_whole_difference(bands):
     assert torch.allclose(cache.estimate(at(4, 0.5)), difference, atol=1e-5)
 
 
+@pytest.mark.parametrize("forecast", ["linear", "measured"])
+def test_a_packed_latent_is_forecast_as_the_same_numbers_in_one_band(forecast):
+    """Newer hosts join video and audio in one tensor [batch, 1, numbers], which has no picture plane."""
+    differences = torch.randn(5, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    packed, plane = (GuidanceCache(GuidanceSettings(forecast=forecast, bands=bands), PERCENT_TO_SIGMA)
+                     for bands in (2, 1))
+    for ordinal, difference in enumerate(differences):
+        packed.observe(at(ordinal, 0.9 - 0.1 * ordinal), difference.reshape(2, 1, -1))
+        plane.observe(at(ordinal, 0.9 - 0.1 * ordinal), difference)
+    found = packed.estimate(at(5, 0.4))
+    assert found.shape == (2, 1, 256)
+    torch.testing.assert_close(found.reshape(2, 4, 8, 8), plane.estimate(at(5, 0.4)))
+    torch.testing.assert_close(sum(split(found, (0.2, 0.3))), found, rtol=0, atol=0)
+
+
 def test_nothing_is_estimated_before_enough_differences_are_known_nor_at_the_last_evaluation():
     cache = GuidanceCache(GuidanceSettings(Interval(3), "linear"), PERCENT_TO_SIGMA)
     cache.observe(at(0, 0.9), torch.ones(1))

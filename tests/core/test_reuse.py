@@ -4,7 +4,8 @@ import torch
 
 from fastercache_core.clock import Evaluation, Window
 from fastercache_core.gains import SAMPLE, sample
-from fastercache_core.reuse import PATIENCE, ReuseCache, ReuseSettings, blend, extrapolate, reachable, reuse_weight
+from fastercache_core.reuse import (PATIENCE, REUSE_WEIGHTS, ReuseCache, ReuseSettings, blend, extrapolate, reachable,
+                                    reuse_weight)
 from fastercache_core.schedule import Interval
 
 PERCENT_TO_SIGMA = lambda percent: 1.0 - percent
@@ -55,6 +56,27 @@ def test_linear_w_grows_from_zero_at_the_first_reuse_to_w_at_the_end():
 def test_constant_and_held_w():
     assert reuse_weight(ReuseSettings(weight="constant", w=0.3), 0.9, 0.1) == 0.3
     assert reuse_weight(ReuseSettings(weight="hold", w=0.3), 0.9, 0.1) == 0.0
+
+
+def spaced(sigmas, outputs, sigma):
+    """The spaced forecast at `sigma` of one number that was `outputs` at `sigmas`."""
+    cache = cache_of("spaced")
+    for ordinal, (at_sigma, output) in enumerate(zip(sigmas, outputs)):
+        computed(cache, ordinal, torch.tensor([[output]]), sigma=at_sigma)
+    cache.begin(at(len(outputs), sigma))
+    return value(cache)[0]
+
+
+def test_the_spaced_forecast_goes_as_far_as_sigma_does_however_uneven_the_steps_are():
+    assert spaced((0.9, 0.7), (1.0, 3.0), 0.6) == pytest.approx(4.0)
+    assert spaced((0.9, 0.7), (1.0, 3.0), 0.4) == pytest.approx(6.0)
+    assert spaced((0.9, 0.85, 0.7), (9.0, 1.0, 3.0), 0.7) == pytest.approx(3.0), "of the two newest, to where they are"
+
+
+def test_the_spaced_forecast_holds_where_the_last_two_are_too_close_together():
+    """As at the second call of `heun`: what moved between them was not the step."""
+    for older in (0.7, 0.7 + 1e-7, 0.72):
+        assert spaced((older, 0.7), (1.0, 3.0), 0.6) == 3.0
 
 
 def forecast(outputs, sigma=None):
@@ -207,7 +229,7 @@ def test_nothing_is_stored_at_the_last_evaluation():
 
 def test_a_stored_feature_is_a_copy_and_a_recalled_one_too():
     output = torch.ones(1, 4)
-    for weight in ("hold", "constant", "measured"):
+    for weight in REUSE_WEIGHTS:
         cache = recorded(weight, [output.fill_(1.0)] * 3)
         output.zero_()  # the host adds into its activations in place
         cache.recall(SITE, ["cond"])[0].zero_()

@@ -162,10 +162,11 @@ def test_what_is_reused_does_not_run_and_is_what_would_have_been_computed(tiny_m
     assert len(passes) > len(ACTIONS), "some evaluations were run one by one"
 
 
-def reused_as_computed(model, name, kind, theirs, layers, **options):
+def reused_as_computed(model, name, kind, theirs, layers, sample=sample, **options):
     """Check a run with features of `kind` held against the host's own; returns its passes.
 
-    theirs: the host's own picture; layers: {layer: calls} of one of its passes; options: of `sample`.
+    theirs: the host's own picture; layers: {layer: calls} of one of its passes; sample: samples as `tiny.sample` does;
+    options: of it.
     """
     model = attach(model, reusing(kind))
     with Watch(model) as watch:

@@ -1,0 +1,238 @@
+"""Video and audio in one packed latent: what is skipped, and what comes from the cache, on a network of the tests'
+own with the interface of the host's LTXAVModel, which older hosts do not have."""
+import functools
+
+import comfy.conds
+import comfy.ldm.lightricks.model
+import comfy.model_base
+import comfy.ops
+import comfy.supported_models
+import pytest
+import test_features
+import tiny
+import torch
+from comfy.ldm.common_dit import rms_norm
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.nested_tensor import NestedTensor
+from comfy.utils import pack_latents
+from fastercache_pack.fastercache_core.auto import AutoSettings
+from fastercache_pack.fastercache_core.clock import Window
+from fastercache_pack.fastercache_core.gate import GateSettings
+from fastercache_pack.fastercache_core.guidance import GuidanceSettings
+from fastercache_pack.fastercache_core.jump import JumpSettings
+from fastercache_pack.fastercache_core.schedule import Interval
+from fastercache_pack.fastercache_core.settings import CacheSettings
+from fastercache_pack.nodes.fastercache import PRESETS
+from fastercache_pack.nodes.features import feature_settings
+from fastercache_pack.nodes.host.attach import attach, last_report
+from fastercache_pack.nodes.host.families import find_family
+from test_features import ATTENTION, STILL, Watch, actions, relative, reused_as_computed, reusing, shuffled_batches
+from tiny import SPECS, conditioning
+
+NAME = "ltxav"
+KINDS = ("self", "cross", "front", "rear", "stack")
+VIDEO, AUDIO = (128, 3, 4, 4), (8, 6, 16)
+WIDTHS = 32, 16
+STEPS, FEWER = 20, 16
+Linear = comfy.ops.disable_weight_init.Linear
+
+
+class Attend(torch.nn.Module):
+    """Attention of tokens to themselves or to others."""
+
+    def __init__(self, width, others=None):
+        super().__init__()
+        self.q, self.kv, self.out = Linear(width, width), Linear(others or width, 2 * width), Linear(width, width)
+
+    def forward(self, x, context=None, transformer_options={}):
+        k, v = self.kv(x if context is None else context).chunk(2, -1)
+        return self.out(optimized_attention(self.q(x), k, v, 4, transformer_options=transformer_options))
+
+
+class BasicAVTransformerBlock(torch.nn.Module):
+    """Takes video and audio as one argument and adds to both in place, as the host's own does."""
+
+    def __init__(self, v, a, context):
+        super().__init__()
+        self.attn1, self.audio_attn1 = Attend(v), Attend(a)
+        self.attn2, self.audio_attn2 = Attend(v, context), Attend(a, context)
+        self.audio_to_video_attn, self.video_to_audio_attn = Attend(v, a), Attend(a, v)
+        self.ff, self.audio_ff = Linear(v, v), Linear(a, a)
+
+    def forward(self, x, v_context=None, a_context=None, v_timestep=None, a_timestep=None, transformer_options=None):
+        vx, ax = x
+        options = {"transformer_options": transformer_options}
+        vx += self.attn1(rms_norm(vx) * v_timestep, **options) * v_timestep
+        vx += self.attn2(rms_norm(vx), v_context, **options)
+        if ax.numel():
+            ax += self.audio_attn1(rms_norm(ax) * a_timestep, **options) * a_timestep
+            ax += self.audio_attn2(rms_norm(ax), a_context, **options)
+            vx += self.audio_to_video_attn(rms_norm(vx), rms_norm(ax), **options)
+            ax += self.video_to_audio_attn(rms_norm(ax), rms_norm(vx), **options)
+            ax += self.audio_ff(rms_norm(ax)).tanh()
+        vx += self.ff(rms_norm(vx)).tanh()
+        return vx, ax
+
+
+class LTXAVModel(comfy.ldm.lightricks.model.LTXVModel):
+    """Named as the host's own, and derived from LTXV as it is, so that the entry for it must come first."""
+
+    __module__ = "comfy.ldm.lightricks.av_model"
+
+    def __init__(self, context, dtype=None, device=None, operations=None):
+        torch.nn.Module.__init__(self)
+        self.dtype = dtype
+        v, a = WIDTHS
+        self.into = torch.nn.ModuleList([Linear(VIDEO[0], v), Linear(AUDIO[0] * AUDIO[2], a)])
+        self.time = torch.nn.ModuleList([Linear(1, v), Linear(1, a)])
+        self.transformer_blocks = torch.nn.ModuleList(BasicAVTransformerBlock(v, a, context) for _ in range(3))
+        self.out = torch.nn.ModuleList([Linear(v, VIDEO[0]), Linear(a, AUDIO[0] * AUDIO[2])])
+
+    def forward(self, x, timestep, context, transformer_options={}, **kwargs):
+        video, audio = x if isinstance(x, list) else (x, x.new_zeros(len(x), AUDIO[0], 0, AUDIO[2]))
+        vx = self.into[0](video.flatten(2).mT)
+        ax = self.into[1](audio.transpose(1, 2).flatten(2))
+        v_time, a_time = (1 + layer(timestep.reshape(-1, 1, 1)).tanh() for layer in self.time)
+        for block in self.transformer_blocks:
+            vx, ax = block((vx, ax), v_context=context, a_context=context, v_timestep=v_time, a_timestep=a_time,
+                           transformer_options=transformer_options)
+        vx = self.out[0](rms_norm(vx)).mT.reshape(video.shape)
+        return [vx, self.out[1](rms_norm(ax)).unflatten(2, AUDIO[::2]).transpose(1, 2)] if ax.numel() else vx
+
+
+class VideoAndAudio(comfy.model_base.LTXV):
+    """Takes the packed latent apart, as the host's base class does for models that say of what it is made."""
+
+    def __init__(self, model_config, device=None):
+        comfy.model_base.BaseModel.__init__(self, model_config, comfy.model_base.ModelType.FLUX, device, LTXAVModel)
+
+    def extra_conds(self, **kwargs):
+        shapes = kwargs["latent_shapes"]
+        packed = {"latent_shapes": comfy.conds.CONDConstant(shapes)} if len(shapes) > 1 else {}
+        return {**super().extra_conds(**kwargs), **packed}
+
+
+class TinyLTXAV(comfy.supported_models.LTXV):
+    """What the host makes such a model of."""
+
+    def get_model(self, state_dict, prefix="", device=None):
+        return VideoAndAudio(self, device)
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    """The specification of the model, for as long as a test runs."""
+    monkeypatch.setattr(comfy.supported_models, "TinyLTXAV", TinyLTXAV, raising=False)
+    monkeypatch.setitem(SPECS, NAME, dict(cls="TinyLTXAV", cfg=dict(context=48), ctx=(20, 48), lat=VIDEO))
+    monkeypatch.setitem(test_features.BLOCKS, NAME, ["transformer_blocks"])
+    monkeypatch.setitem(ATTENTION, NAME, {"self": r"attn1\.", "cross": r"attn2\.|_to_\w+_attn\."})
+
+
+def sample(model, name=NAME, audio=True, batch=1, **options):
+    """Sample video with audio (a nested latent, that the sampler sees packed) or without: [batch, numbers]."""
+    latent = torch.zeros(batch, *VIDEO)
+    if audio:
+        latent = NestedTensor([latent, torch.zeros(batch, *AUDIO)])
+    found = tiny.sample(model, name, latent=latent, **options)
+    return pack_latents(found.unbind() if found.is_nested else [found])[0].flatten(1)
+
+
+def parts(latents, theirs):
+    """How far the video and the audio, where there is any, are from `theirs`."""
+    videos = torch.Size(VIDEO).numel()
+    return [relative(latents[:, part], theirs[:, part]) for part in (slice(videos), slice(videos, None))
+            if theirs[:, part].numel()]
+
+
+@pytest.fixture(scope="module")
+def full(tiny_models):
+    """The host's own latents, with or without audio, and the layers of the network that run."""
+    @functools.cache
+    def make(audio):
+        model = tiny_models(NAME)
+        with Watch(model) as watch:
+            latent = sample(model, audio=audio, sigmas=STILL, batch=2)
+        return latent, watch.passes[0][1]
+
+    return make
+
+
+def test_the_latent_is_packed_and_all_of_its_parts_matter(tiny_models, full):
+    """Otherwise nothing here would show anything."""
+    theirs, layers = full(True)
+    videos = torch.Size(VIDEO).numel()
+    assert theirs.shape == (2, videos + torch.Size(AUDIO).numel())
+    swapped = sample(tiny_models(NAME), sigmas=STILL, batch=2, negative=conditioning(NAME, 1))
+    assert min(parts(swapped, theirs)) > 0.003, "guidance acts"
+    assert min(parts(theirs[:1], theirs[1:])) > 0.01, "the two latents differ"
+    assert relative(full(False)[0], theirs[:, :videos]) > 0.003, "the video hears the audio"
+    assert sum("audio" in layer for layer in layers) > sum("audio" in layer for layer in full(False)[1]) == 0
+
+
+def test_it_has_an_entry_of_its_own(tiny_models):
+    family = find_family(tiny_models(NAME).model.diffusion_model)
+    assert family.name == "LTXV with audio" and family.kinds() == set(KINDS)
+
+
+@pytest.mark.parametrize("audio", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_reused_does_not_run_and_is_what_would_have_been_computed(tiny_models, full, monkeypatch, kind, audio):
+    theirs, layers = full(audio)
+    shuffled_batches(monkeypatch)
+    reused_as_computed(tiny_models(NAME), NAME, kind, theirs, layers, functools.partial(sample, audio=audio), batch=2)
+
+
+@pytest.mark.parametrize("audio", [True, False])
+def test_storing_changes_nothing(tiny_models, full, audio):
+    """Though the blocks add to their input in place."""
+    for together in (KINDS[:-1], KINDS[-1:]):
+        model = attach(tiny_models(NAME), reusing(*together, every=1))
+        assert torch.equal(sample(model, audio=audio, sigmas=STILL, batch=2), full(audio)[0])
+        assert last_report(model)["run"]["features"]["sites"] > 0, "it did store"
+
+
+@pytest.mark.parametrize("depth, forecast, dtype, audio", [
+    ("automatic", "measured", "native", True), ("automatic", "measured", "fp8", True),
+    ("automatic", "spaced", "fp8", False), ("all attention", "measured", "fp8", False),
+    ("all attention", "spaced", "fp16", True)])
+def test_forecasts_and_dtypes_stay_near_full_sampling(tiny_models, depth, forecast, dtype, audio):
+    """An audio stream without numbers is a feature too. The control is how far another seed's latent is."""
+    reuse = feature_settings("FasterCache", None, Window(), forecast, depth, memory_gb=0.0, memory_device="same",
+                             memory_dtype=dtype)
+    model = attach(tiny_models(NAME), CacheSettings("features", reuse=reuse))
+    found, theirs, other = (sample(m, steps=STEPS, audio=audio, seed=seed)
+                            for m, seed in ((model, 3), (tiny_models(NAME), 3), (tiny_models(NAME), 4)))
+    assert last_report(model)["totals"]["evaluations"]["REUSE"] >= 6
+    assert last_report(model)["run"]["features"].get("depth", "all blocks") == "all blocks"
+    for near, far in zip(parts(found, theirs), parts(other, theirs)):
+        assert 0 < near < 0.05 * far
+
+
+SKIPPING = {
+    "CFG-Cache, a line": (CacheSettings("", GuidanceSettings(forecast="linear")), "ESTIMATE", 8),
+    "CFG-Cache, measured": (CacheSettings("", GuidanceSettings()), "ESTIMATE", 8),
+    "CFG-Cache, measured in 5 bands": (CacheSettings("", GuidanceSettings(bands=5)), "ESTIMATE", 8),
+    "CFG-Cache behind the gate": (CacheSettings("", GuidanceSettings(Interval(3)), gate=GateSettings()), "ESTIMATE", 6),
+    "steps": (CacheSettings("", GuidanceSettings(), jump=JumpSettings()), "JUMP", 6),
+    "automatic": (CacheSettings("", GuidanceSettings(), jump=JumpSettings(), auto=AutoSettings(42.0)), "JUMP", 6),
+}
+
+
+@pytest.mark.parametrize("settings, action, least", SKIPPING.values(), ids=list(SKIPPING))
+def test_skipping_is_nearer_to_full_sampling_than_fewer_steps_at_no_lower_cost(tiny_models, settings, action, least):
+    """In the video and in the audio."""
+    model = attach(tiny_models(NAME), settings)
+    found, theirs, fewer = (sample(m, steps=steps) for m, steps in (
+        (model, STEPS), (tiny_models(NAME), STEPS), (tiny_models(NAME), FEWER)))
+    totals = last_report(model)["totals"]
+    assert totals["evaluations"].get(action, 0) >= least and totals["cost"] <= FEWER / STEPS
+    for near, far in zip(parts(found, theirs), parts(fewer, theirs)):
+        assert 0 < near < far
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_every_preset_runs(tiny_models, preset):
+    model = attach(tiny_models(NAME), PRESETS[preset](Window()))
+    assert torch.isfinite(sample(model, steps=STEPS)).all()
+    assert set(actions(model)) > {"FULL"} or preset == "none"
+
