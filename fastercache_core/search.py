@@ -11,8 +11,6 @@ from functools import total_ordering
 
 import numpy as np
 
-OBJECTIVES = ("sum", "minimax")
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -27,6 +25,7 @@ class Worst:
     """Losses compared by their largest, then by the second largest, and so on.
 
     Adding one more loss to two of them keeps their order, so dynamic programming stays exact.
+    As a float they are their sum.
     """
 
     def __init__(self, *losses):
@@ -42,7 +41,7 @@ class Worst:
         return self.losses == other.losses
 
     def __float__(self):
-        return max(self.losses, default=0.0)
+        return float(sum(self.losses))
 
 
 class Cell:
@@ -77,8 +76,8 @@ def search(count, choices, full_units=1, gap=6, depth=1, objective="sum"):
     The first and the last evaluation are FULL, and of `gap` in a row at least one.
     choices(keys, following) -> list of Choice for the evaluations between keys[0] and `following`,
     not empty; keys: ordinals of the last computed evaluations, newest first, up to `depth` of them.
-    full_units: cost of FULL. objective: "sum" of the losses, or "minimax", their largest and then the
-    second largest and so on; the curve then gives the largest.
+    full_units: cost of FULL. objective: what is least, "sum" of the losses, or "minimax", their largest and
+    then the second largest and so on. The loss of the curve is the sum either way.
     """
     value = {"sum": float, "minimax": Worst}[objective]
     budget, worst = count * full_units, value(float("inf"))

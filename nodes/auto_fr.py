@@ -1,5 +1,6 @@
 """FasterCacheAutoFR: finds the policy for the user's own model and sampling."""
 import math
+from functools import partial
 
 import comfy.samplers
 import comfy.utils
@@ -13,7 +14,8 @@ from .host.calibrate import CalibrationError, Sampling, find_policy
 from .policy import CachePolicy, summary
 from .schema import choice, name_of, schema
 
-METHODS = {"exact search": calibration.find_points, "gradient": autofr.find_points}
+METHODS = {"exact search": calibration.find_points, "gradient": autofr.find_points,
+           "minimax search": partial(calibration.find_points, objective="minimax")}
 INK, PAPER, GRID, LINE, CHOSEN = "#222222", "#ffffff", "#dddddd", "#5bc0de", "#d9534f"
 WIDTH, HEIGHT, MARGIN = 720, 480, 70
 
@@ -50,13 +52,15 @@ class FasterCacheAutoFR(io.ComfyNode):
                                tooltip="Part of the network passes that may be run. The policy fits its forecasts "
                                        "to this cost and also knows what to do at any other."),
                 io.Combo.Input("method", options=list(METHODS), default="exact search",
-                               tooltip="exact search = the best there is for every cost, by dynamic programming; "
-                                       "gradient = FRDiff's Auto-FR, gates trained by gradient descent."),
+                               tooltip="exact search = the least error in sum for every cost, by dynamic "
+                                       "programming; gradient = FRDiff's Auto-FR, gates trained by gradient descent; "
+                                       "minimax search = as exact search, but the largest error between two computed "
+                                       "steps is made least, then the second largest, and so on."),
                 io.Int.Input("pictures", default=4, min=1, max=64,
                              tooltip="Pictures to learn from, sampled as one batch with different noise. "
                                      "More are safer; 1 for video."),
                 io.Boolean.Input("features", default=False, optional=True,
-                                 tooltip="Also try reused features (FRDiff), so that exact search may choose them. "
+                                 tooltip="Also try reused features (FRDiff), so that a search may choose them. "
                                          "Costs about as much as three more samplings."),
             ],
             outputs=[CachePolicy.Output("policy", tooltip="For FasterCache FRDiff, or to save."),
@@ -71,7 +75,7 @@ class FasterCacheAutoFR(io.ComfyNode):
         latent = comfy.utils.repeat_to_batch_size(latent_image["samples"], pictures)
         sampling = Sampling(positive, negative, latent, seed, steps, cfg, sampler_name, scheduler, denoise)
         try:
-            policy = find_policy(model, sampling, budget, search, features and method == "exact search")
+            policy = find_policy(model, sampling, budget, search, features and method != "gradient")
         except CalibrationError as error:
             raise ValueError(f"{name_of(cls)}: {error}.") from error
         return io.NodeOutput(policy, text(policy), curve(policy))

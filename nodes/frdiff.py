@@ -55,8 +55,8 @@ class FasterCacheFRDiff(io.ComfyNode):
                                tooltip="Between those: paper = early steps hold the last score, late ones reuse "
                                        "features; scores = held throughout, which is the same as fewer steps; "
                                        "features = reused throughout; automatic = scores, features where a sampler "
-                                       "cannot hold scores, and nothing with samplers where fewer steps were better "
-                                       "on our models."),
+                                       "cannot hold scores, and nothing with samplers where fewer steps could be "
+                                       "better."),
                 advanced(io.Float.Input("bias", default=0.5, min=0.0, max=1.0, step=0.01,
                                         tooltip="Part of sampling at which held scores and reused features count "
                                                 "the same (b of the paper).")),

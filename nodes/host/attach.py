@@ -48,7 +48,8 @@ def outer_sample(executor, *args, **kwargs):
     options = guider.model_options
     settings = options["transformer_options"][SETTINGS_KEY]
     guider.model_options = comfy.model_patcher.create_model_options_clone(options)
-    run = CacheRun(settings, guider, args[2], args[3])
+    shape = (kwargs.get("latent_shapes") or [args[0].shape])[0]  # of packed latents the first
+    run = CacheRun(settings, guider, args[2], args[3], shape)
     guider.model_options["transformer_options"][RUN_KEY] = run
     try:
         return executor(*args, **kwargs)

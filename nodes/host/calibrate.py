@@ -21,7 +21,7 @@ from ...fastercache_core.settings import CacheSettings
 from .attach import SETTINGS_KEY, WRAPPERS
 from .branches import branch_is_active, branch_keys, reference_branch
 from .features import Features
-from .identity import model_fingerprint
+from .identity import model_fingerprint, size_of
 from .output_space import OutputSpace
 from .plans import REUSING, planned_reuse
 from .refusals import refusals
@@ -337,6 +337,6 @@ def without_cache(model):
 def setup(model, sampling):
     """What a policy found for `sampling` of `model` is for."""
     shift = getattr(model.get_model_object("model_sampling"), "shift", None)
-    size = "x".join(str(n) for n in sampling.latent.shape[2:])
+    size = size_of(comfy.sample.fix_empty_latent_channels(model, sampling.latent).shape)
     return Setup(model_fingerprint(model), sampling.sampler, sampling.scheduler, sampling.steps, sampling.cfg,
                  None if shift is None else float(shift), size)

@@ -1,8 +1,13 @@
-"""Which model this is: a short text that another file of the same weights has too."""
+"""Which model this is, and which size of picture: short texts, kept with a policy."""
 import hashlib
+import math
+import re
 
 # So many parameters are looked at; one-dimensional ones, which LoRAs leave alone.
 LOOKED_AT = 16
+# Sizes are alike whose numbers of places in the latent are within this factor, whatever their proportions.
+ALIKE = 1.25
+SIZE = re.compile(r"[0-9]{1,6}(x[0-9]{1,6})*")
 
 
 def model_fingerprint(model):
@@ -20,3 +25,16 @@ def model_fingerprint(model):
     digest = hashlib.sha256("\n".join([*shapes, *values]).encode()).hexdigest()[:8]
     millions = sum(p.numel() for _, p in parameters) / 1e6
     return f"{type(model.model).__name__} {millions:.1f}M {digest}"
+
+
+def size_of(shape):
+    """The size of latents of this shape [batch, channels, ...], e.g. "128x128", of clips "21x60x104"."""
+    return "x".join(str(n) for n in shape[2:])
+
+
+def other_size(size, other):
+    """True when two sizes (see `size_of`) are of different classes: one has far more places. False for other texts."""
+    if not (SIZE.fullmatch(size) and SIZE.fullmatch(other)):
+        return False
+    places, others = (math.prod(int(n) for n in text.split("x")) for text in (size, other))
+    return max(places, others) > ALIKE * min(places, others)

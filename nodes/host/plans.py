@@ -10,6 +10,7 @@ from ...fastercache_core.policy import FULL, Step
 from ...fastercache_core.reuse import ReuseSettings
 from ...fastercache_core.schedule import Interval
 from ...fastercache_core.storage import StorageSettings
+from .identity import other_size, size_of
 from .samplers import sampler_facts, sampler_name
 
 # What a plan wants happens: intervals never ask for more.
@@ -28,10 +29,10 @@ CFG_PP, CFG_PP_MOST = "_cfg_pp", 1.5
 REUSING = ("REUSE", "MIX")
 
 
-def make_plan(settings, guider, sampler, sigmas):
+def make_plan(settings, guider, sampler, sigmas, shape):
     """The plan of a run under `settings` (CacheSettings), None when it has none.
 
-    sigmas: floats, as handed to the sampler.
+    sigmas: floats, as handed to the sampler. shape: of the latent, [batch, channels, ...].
     """
     plan = settings.plan
     if plan is None or sampler_facts(sampler) is None:
@@ -41,7 +42,7 @@ def make_plan(settings, guider, sampler, sigmas):
         return FullPlan(reason) if reason else MixPlan(
             plan, guider.model_patcher.get_model_object("model_sampling"), sampler_facts(sampler), sigmas,
             settings.jump is not None)
-    return PolicyPlan(plan, guider, sampler, sigmas)
+    return PolicyPlan(plan, guider, sampler, sigmas, size_of(shape))
 
 
 def planned_reuse(storage=StorageSettings()):
@@ -115,9 +116,9 @@ class PolicyPlan:
     notes: sentences on where this run is not what the policy was found for.
     """
 
-    def __init__(self, policy, guider, sampler, sigmas):
+    def __init__(self, policy, guider, sampler, sigmas, size):
         facts, evaluations, found = sampler_facts(sampler), sigmas[:-1], policy.setup
-        self.notes = list(other_settings(found, guider, sampler))
+        self.notes = list(other_settings(found, guider, sampler, size))
         if not _weights_serve(found, guider):
             policy = policy.without_weights()
         # What lies between the sigmas of a sampler with more calls a step is known from calibration only.
@@ -137,13 +138,16 @@ class PolicyPlan:
         return step if _near(evaluation.sigma, sigma) else FULL
 
 
-def other_settings(found, guider, sampler):
+def other_settings(found, guider, sampler, size):
     """Sentences on how a run differs from the Setup `found`, its evaluations aside."""
     if _other_cfg(found, guider):
         left = "near enough for its weights" if _weights_serve(found, guider) else "its fitted weights are left out"
         yield f"the policy was found at cfg {found.cfg:g}, this run has {guider.cfg:g}: {left}"
     if not _is_sampler(found.sampler, sampler):
         yield f"the policy was found with sampler {found.sampler}, this run has {sampler_name(sampler)}"
+    if other_size(found.resolution, size):
+        yield (f"the policy was found at latent size {found.resolution}, this run has {size}: other steps may be "
+               "best there")
 
 
 def other_grid(found, steps):

@@ -27,7 +27,8 @@ SCOPE_LIFE = 8
 class CacheRun:
     """State of one run of one model under `settings` (CacheSettings)."""
 
-    def __init__(self, settings, guider, sampler, sigmas):
+    def __init__(self, settings, guider, sampler, sigmas, shape):
+        """shape: of the latent, [batch, channels, ...]."""
         self.guider = guider
         self.report = RunReport(run=describe(settings, guider, sampler, sigmas))
         refused = refusals(settings, guider, sampler)
@@ -37,7 +38,7 @@ class CacheRun:
         if not any((settings.guidance, settings.reuse, settings.jump)):
             self.report.note("every method is switched off: nothing is skipped")
         self.model_sampling = guider.model_patcher.get_model_object("model_sampling")
-        self.plan, self.planned = make_plan(self.settings, self.guider, sampler, sigmas.tolist()), None
+        self.plan, self.planned = make_plan(self.settings, self.guider, sampler, sigmas.tolist(), shape), None
         for note in self.plan.notes if self.plan else ():
             self.report.note(note)
         self.features = self._features()

@@ -73,6 +73,8 @@ def test_minimax_is_settled_down_to_the_smallest_loss(seed, depth):
     assert {c.units: c.loss for c in found} == {units: float(value) for units, value in expected.items()}
     losses_of = {actions: Worst(*losses) for _, losses, actions in ways}
     assert all(losses_of[c.actions] == expected[c.units] for c in found)
+    sums = {actions: sum(losses) for _, losses, actions in ways}
+    assert [c.loss for c in found] == pytest.approx([sums[c.actions] for c in found]), "told as a sum"
 
 
 def test_the_actions_found_have_the_cost_and_loss_that_is_claimed():

@@ -2,12 +2,13 @@
 import comfy.model_management
 import pytest
 import torch
+from fastercache_pack.fastercache_core.calibration import DEPTH, Losses
 from fastercache_pack.fastercache_core.guidance import GuidanceSettings
 from fastercache_pack.fastercache_core.jump import JumpSettings
 from fastercache_pack.fastercache_core.policy import FULL, Point, Policy, Setup, Step, dumps, loads
 from fastercache_pack.fastercache_core.settings import CacheSettings
 from fastercache_pack.fastercache_core.storage import StorageSettings
-from fastercache_pack.nodes.auto_fr import FasterCacheAutoFR
+from fastercache_pack.nodes.auto_fr import METHODS, FasterCacheAutoFR
 from fastercache_pack.nodes.frdiff import policy_settings
 from fastercache_pack.nodes.host.attach import attach, last_report
 from fastercache_pack.nodes.host.calibrate import (
@@ -18,7 +19,9 @@ from fastercache_pack.nodes.host.calibrate import (
     Sampling,
     find_policy,
     sample,
+    setup,
 )
+from fastercache_pack.nodes.host.families import Family
 from fastercache_pack.nodes.host.identity import model_fingerprint
 from tiny import SPECS, conditioning
 from tiny import sample as sample_tiny
@@ -96,6 +99,24 @@ def test_fitted_weights_are_nearer_to_full_sampling_than_holding(tiny_models):
     assert policy.error < holder.error
 
 
+@pytest.mark.parametrize("budget", [0.4, 0.5, 0.6])
+def test_minimax_keeps_the_largest_error_below_that_of_the_least_sum(tiny_models, budget):
+    _, recorder = recorded(tiny_models("sd15"), sampling("sd15"))
+    losses = Losses(recorder.reference)
+
+    def parts(method):
+        """Squared errors of the gaps of its policy."""
+        points = METHODS[method](recorder.reference, losses)
+        point = max((p for p in points if p.cost <= budget), key=lambda p: p.cost)
+        keys = [i for i, step in enumerate(point.steps) if step.action == "FULL"]
+        return [losses.choices(tuple(reversed(keys[:i + 1]))[:DEPTH], after)[0].loss
+                for i, (key, after) in enumerate(zip(keys, keys[1:])) if after > key + 1], point.error
+
+    (least_sum, error), (minimax, told) = parts("exact search"), parts("minimax search")
+    assert max(minimax) <= max(least_sum) and sum(minimax) >= sum(least_sum) * (1 - 1e-9)
+    assert told / error == pytest.approx((sum(minimax) / sum(least_sum)) ** 0.5), "errors are told alike"
+
+
 def test_where_steps_may_not_be_skipped_the_negative_pass_is(tiny_models):
     policy = find_policy(tiny_models("sd3"), sampling("sd3", sampler="dpmpp_2m"), 0.8)
     assert {step.action for step in policy.steps} == {"FULL", "ESTIMATE"} and policy.cost <= 0.8
@@ -137,9 +158,9 @@ def test_where_no_step_may_be_skipped_and_there_is_no_negative_features_are_reus
     assert {step.action for step in policy.steps} == {"FULL", "REUSE"} and policy.cost <= 0.8
 
 
-def test_a_model_whose_features_are_not_known_is_refused_with_the_reason(tiny_models, monkeypatch):
-    monkeypatch.setattr("fastercache_pack.nodes.host.refusals.find_family", lambda network: None)
-    with pytest.raises(CalibrationError, match="feature reuse does not know"):
+def test_a_model_without_such_features_is_refused_with_the_reason(tiny_models, monkeypatch):
+    monkeypatch.setattr("fastercache_pack.nodes.host.refusals.find_family", lambda network: Family("Odd", ()))
+    with pytest.raises(CalibrationError, match="Odd has no branch features"):
         find_policy(tiny_models("sd3"), sampling("sd3"), 0.5, features=True)
 
 
@@ -166,6 +187,12 @@ def test_cancelling_ends_it_and_leaves_the_model_usable(tiny_models):
     assert torch.equal(sample_tiny(model, "sd3", steps=STEPS), sample_tiny(tiny_models("sd3"), "sd3", steps=STEPS))
 
 
+def test_the_size_is_that_of_the_latent_as_the_model_samples_it(tiny_models):
+    """An empty latent of a picture, given to a video model, becomes a clip of one frame."""
+    told = sampling("wan", latent=torch.zeros(1, 16, 16, 12))
+    assert setup(tiny_models("wan"), told).resolution == "1x16x12"
+
+
 def test_a_fingerprint_tells_architectures_apart_and_not_loras(tiny_models):
     model = tiny_models("sd3")
     name = next(key for key in model.model.state_dict() if key.endswith("qkv.weight"))
@@ -174,7 +201,7 @@ def test_a_fingerprint_tells_architectures_apart_and_not_loras(tiny_models):
     assert model_fingerprint(patched) == model_fingerprint(model) != model_fingerprint(tiny_models("sd15"))
 
 
-@pytest.mark.parametrize("method", ["exact search", "gradient"])
+@pytest.mark.parametrize("method", list(METHODS))
 def test_the_node_gives_a_policy_a_report_and_a_curve(tiny_models, method):
     told = sampling("sd3")
     with torch.inference_mode():  # as the host runs it
@@ -183,6 +210,16 @@ def test_the_node_gives_a_policy_a_report_and_a_curve(tiny_models, method):
             "simple", 1.0, 0.6, method, 2).result
     assert policy.cost <= 0.6 and policy.points[policy.chosen].actions() in report
     assert curve.shape[0] == 1 and curve.shape[-1] == 3 and 0 < curve.min() + curve.max() <= 2
+
+
+@pytest.mark.parametrize("method, tried", [("exact search", True), ("minimax search", True), ("gradient", False)])
+def test_reused_features_are_tried_for_the_methods_that_can_choose_them(monkeypatch, method, tried):
+    found = []
+    monkeypatch.setattr("fastercache_pack.nodes.auto_fr.find_policy", lambda *told: found.append(told) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        FasterCacheAutoFR.execute(None, None, None, {"samples": torch.zeros(1, 4, 8, 8)}, 0, 10, 4.0, "euler",
+                                  "simple", 1.0, 0.5, method, 1, features=True)
+    assert found[0][-1] == tried
 
 
 def test_the_node_refuses_a_method_that_does_not_exist():

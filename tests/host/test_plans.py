@@ -143,12 +143,12 @@ def test_a_policy_of_nothing_but_full_is_bit_identical(tiny_models):
     assert torch.equal(sample(model, "sd3", steps=10), sample(tiny_models("sd3"), "sd3", steps=10))
 
 
-def plan_of(model, found, steps=10, cfg=4.0, sampler="euler", sigmas=None):
+def plan_of(model, found, steps=10, cfg=4.0, sampler="euler", sigmas=None, shape=(1, 16, 16, 16)):
     """The plan of a policy in a run with these settings."""
     guider = comfy.samplers.CFGGuider(model)
     guider.set_cfg(cfg)
     grid = [*(sigmas or [1.0 - i / steps for i in range(steps)]), 0.0]
-    return make_plan(planned(found), guider, comfy.samplers.sampler_object(sampler), grid)
+    return make_plan(planned(found), guider, comfy.samplers.sampler_object(sampler), grid, shape)
 
 
 def weighted():
@@ -184,6 +184,24 @@ def test_a_policy_moved_to_few_steps_says_that_fewer_steps_may_be_as_good(tiny_m
     told = replace(weighted(), setup=replace(weighted().setup, steps=found))
     [note] = plan_of(tiny_models("sd3"), told, steps=steps).notes
     assert f"found for {found} steps, this run has {steps}" in note and ("may be as good" in note) == doubted
+
+
+@pytest.mark.parametrize("found, shape, told", [
+    ("128x128", (1, 16, 64, 64), True), ("128x128", (2, 16, 128, 176), True), ("21x60x104", (1, 16, 5, 60, 104), True),
+    ("128x128", (2, 16, 104, 152), False), ("128x128", (1, 4, 128, 128), False), ("", (1, 16, 64, 64), False),
+    ("21x60x104", (1, 16, 17, 60, 104), False), ("9" * 400 + "x", (1, 16, 64, 64), False)])
+def test_another_size_is_told_and_another_proportion_is_not(tiny_models, found, shape, told):
+    old = replace(weighted(), setup=replace(weighted().setup, resolution=found))
+    plan = plan_of(tiny_models("sd3"), old, shape=shape)
+    assert bool(plan.notes) == told and plan.expected[3][1].cond == (1.5, -0.5), "weights stay"
+    assert not told or f"found at latent size {found}, this run has {'x'.join(map(str, shape[2:]))}" in plan.notes[0]
+
+
+def test_the_report_of_a_run_tells_the_other_size(tiny_models):
+    found = replace(weighted(), setup=replace(weighted().setup, resolution="32x32"))
+    model = attach(tiny_models("sd3"), planned(found))
+    sample(model, "sd3", steps=10)
+    assert any("latent size 32x32, this run has 16x16" in note for note in last_report(model)["notes"])
 
 
 def test_ddim_is_euler_under_another_name(tiny_models):
