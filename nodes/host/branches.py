@@ -8,16 +8,19 @@ def window_of(transformer_options):
     return tuple(window.index_list) if window is not None else None
 
 
-def branch_keys(transformer_options, window, shape):
+def branch_keys(transformer_options, window, shape, seen):
     """One identity per chunk of the batch the host runs now.
 
     The host's uuid alone collides (area conditionings copy the opposite one's, windows share
-    theirs), so the place in the guider's list, the occurrence within this batch, the window and
-    the latent shape are added.
+    theirs, tiles are the same branch again), so the place in the guider's list, the window, the latent
+    shape and the occurrence within this evaluation are added. seen: a Counter of this evaluation.
     """
-    pairs = list(zip(transformer_options["uuids"], transformer_options["cond_or_uncond"]))
-    return [(str(uuid), index, pairs[:i].count((uuid, index)), window, tuple(shape[1:]))
-            for i, (uuid, index) in enumerate(pairs)]
+    keys = []
+    for uuid, index in zip(transformer_options["uuids"], transformer_options["cond_or_uncond"]):
+        key = (str(uuid), index, window, tuple(shape[1:]))
+        keys.append((*key, seen[key]))
+        seen[key] += 1
+    return keys
 
 
 def reference_branch(conds, guider_conds):

@@ -3,6 +3,7 @@
 Both sample as a KSampler does, with wrappers of their own on a clone of the model. Nothing of them
 outlives the call but plain data.
 """
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import comfy.model_management
@@ -72,7 +73,7 @@ class Recorder:
         """APPLY_MODEL: one batch through the network. args: x, t, c_concat, c_crossattn, control, options."""
         if self.features is None:
             return executor(*args, **kwargs)
-        keys = branch_keys(args[5], None, args[0].shape)
+        keys = branch_keys(args[5], None, args[0].shape, self.seen)
         output, kinds = self.features.run(executor, args, kwargs, keys, keys, True)
         self.reused &= bool(kinds)
         return output
@@ -136,7 +137,7 @@ class Recorder:
         Raises CalibrationError where nothing could be taken from the cache.
         """
         features.begin(self.evaluation, wanted)
-        self.features, self.reused = features, True
+        self.features, self.reused, self.seen = features, True, Counter()
         try:
             outputs = run(conds)
         finally:

@@ -4,6 +4,7 @@ Made when the run starts and dropped when it ends, however it ends. Nothing of i
 run but its report.
 """
 import time
+from collections import Counter
 from dataclasses import replace
 
 from ...fastercache_core.clock import Clock
@@ -48,7 +49,7 @@ class CacheRun:
         self.walks_grid = facts is not None and facts.calls == 1 and not facts.noise
         self.solver = facts.solver if facts else None
         self.started = self.evaluation_started = time.perf_counter()
-        self.scopes, self.passes = {}, {}
+        self.scopes, self.passes, self.seen = {}, {}, Counter()
         self.evaluation = self.record = self.reference = None
         self.reused, self.full_rows, self.guided, self.alone = set(), 0, False, False
 
@@ -59,7 +60,7 @@ class CacheRun:
         self.evaluation = self.clock.tick(sigma)
         self.record = EvaluationRecord(self.evaluation.ordinal, sigma, {})
         self.report.evaluations.append(self.record)
-        self.passes = {}
+        self.passes, self.seen = {}, Counter()
         self.planned = self.plan.at(self.evaluation) if self.plan else None
         if self.features:
             self.features.begin(self.evaluation, self.planned and self.planned.action in REUSING)
@@ -107,7 +108,7 @@ class CacheRun:
         window = window_of(args[5])
         if self.features is None or self.passes.get(window) != 1:
             return executor(*args, **kwargs)
-        branches = branch_keys(args[5], window, args[0].shape)
+        branches = branch_keys(args[5], window, args[0].shape, self.seen)
         # A difference is only worth keeping between branches computed alike, however the host batches them;
         # features of a branch that is mostly estimated would go stale before they are of use.
         together = self.plan or not self.settings.guidance

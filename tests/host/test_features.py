@@ -58,8 +58,9 @@ SPANS = ("front", "rear", "stack")
 STACKED = {name: ("stack",) if name in WHOLE else SPANS for name in BLOCKS}
 CASES = [(name, kind) for name in SPECS for kind in (*ATTENTION.get(name, ()), *STACKED.get(name, ()))]
 
-# Steps without length: the latent does not move, so what is held is what would be computed.
-STILL = torch.tensor([0.5] * 4 + [0.3, 0.0])
+# Steps without length: the latent does not move, so what is held is what would be computed. The step that follows the
+# last reuse has a length, so that the picture tells what was held.
+STILL = torch.tensor([0.5] * 3 + [0.3, 0.2, 0.0])
 ACTIONS = ["FULL", "REUSE", "REUSE", "FULL", "FULL"]
 
 

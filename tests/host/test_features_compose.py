@@ -319,3 +319,27 @@ def test_the_report_tells_what_is_kept_and_where(tiny_models, caplog):
     assert features["bytes"] == last_report(model)["totals"]["peak_cache_bytes"]["cpu"]
     [line] = [r.message for r in caplog.records if "sites" in r.message]
     assert f"features of 14 of 14 sites (self, cross) are cached: {features['bytes'] / 1e6:.1f} MB of 1000 MB" in line
+
+
+def tiled(model):
+    """A model whose network runs on the left and on the right half of the latent in turn, as tiling nodes do."""
+    def halves(apply_model, told):
+        x, options = told["input"], told["c"]
+        return torch.cat([apply_model(part, told["timestep"], **options) for part in x.chunk(2, -1)], -1)
+
+    model = model.clone()
+    model.set_model_unet_function_wrapper(halves)
+    return model
+
+
+@pytest.mark.parametrize("name, kind", [("sd15", "self"), ("sd15", "deep"), ("sd3", "stack"), ("wan", "self")])
+def test_tiles_of_one_picture_have_their_own_features(tiny_models, name, kind):
+    held_is_full(lambda: tiled(tiny_models(name)), name, kind)
+
+
+def test_models_unloaded_in_the_middle_of_a_run_come_back_with_their_features(tiny_models):
+    def unload(step, *_):
+        if step == 3:
+            comfy.model_management.unload_all_models()
+
+    held_is_full(lambda: tiny_models("sd15"), "sd15", "self", callback=unload)
