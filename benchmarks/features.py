@@ -32,7 +32,7 @@ DEPTHS = {"attention": "o", "all attention": "^", "half of the blocks": "s", "al
 OWN_DEPTHS = {"mmdit": ("attention", "half of the blocks", "all blocks"),
               "unet": ("attention", "all attention", "inside of a UNet"),
               "wan": ("attention", "all attention", "half of the blocks", "all blocks")}
-CLOSENESS = (50, 42, 30)  # dB asked of skipped steps: what the presets ask
+CLOSENESS = (50, 42, 36)  # dB asked of skipped steps: what the presets ask
 LATE = 0.12               # start of "hold" at which it is first used where "measured" is, at the same cost
 TURNS = 9                 # of each run that is timed
 PICTURE = ROOT / "docs" / "images" / "feature_depths.png"

@@ -16,7 +16,8 @@ RUNS = [
     *(Run(f"late_{forecast}", (("FasterCacheCFG", {"tolerance": 0.0, "forecast": forecast, "start_percent": 0.1}),))
       for forecast in ("hold", "linear", "measured")),
     Run("fewer_steps", steps_of="estimate_linear"),
-    *(Run(f"attention_{weight}", (("FasterCache", {"preset": "none", "feature_reuse": weight}),))
+    *(Run(f"attention_{weight}", (("FasterCache", {"preset": "none", "feature_reuse": weight,
+                                                   "reuse_depth": "attention"}),))
       for weight in ("hold", "constant", "linear")),
 ]
 

@@ -11,7 +11,6 @@ came out, and asks again; they only share the journal file (on another machine: 
 Writes output/search/NAME.json, for FasterCache Policy Load, and prints what it is worth on report prompts.
 """
 import argparse
-import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,20 +19,12 @@ import numpy as np
 from benchmarks.tools.recording import load_model
 from benchmarks.tools.sampling import SEED
 from testbed.beds import BEDS
+from testbed.pack import load_pack
 from testbed.server import ROOT, plain_errors
 
 KNOTS = 6                   # numbers that say how much an error counts, evenly over the run; the last is one
 RANGE = 2.0                 # each from exp(-RANGE) to exp(RANGE)
-PACK = "fastercache_pack"
 OUTPUT = ROOT / "output" / "search"
-
-
-def load_pack():
-    """This pack as a package in this process; the host must be importable."""
-    import utils.extra_config  # noqa: F401  (ComfyUI's nodes.py later hides its own `utils` package)
-    spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    sys.modules[PACK] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[PACK])
 
 
 @dataclass(frozen=True)
@@ -56,6 +47,7 @@ class Laboratory:
 
     def __init__(self, task):
         self.task, self.bed, self.model = task, BEDS[task.bed], load_model(task.bed)
+        import utils.extra_config  # noqa: F401  (ComfyUI's nodes.py later hides its own `utils` package)
         load_pack()
         from fastercache_pack.nodes.host.calibrate import recorded
         tuning = self.bed.prompts("tuning")

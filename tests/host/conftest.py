@@ -1,17 +1,8 @@
 """The pack as the host loads it, for tests on tiny models inside this process."""
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
+from testbed.pack import load_pack
 
-ROOT = Path(__file__).parents[2]
-PACK = "fastercache_pack"
-
-if PACK not in sys.modules:
-    spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    sys.modules[PACK] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[PACK])
+load_pack()
 
 
 @pytest.fixture(scope="session")

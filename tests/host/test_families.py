@@ -7,7 +7,8 @@ import pytest
 import torch
 from fastercache_pack.nodes.host.attach import attach, last_report
 from fastercache_pack.nodes.host.families import find_family
-from test_features import (ATTENTION, STACKED, STILL, Watch, relative, reused_as_computed, reusing, shuffled_batches)
+from test_features import (ATTENTION, STACKED, STILL, host_picture, relative, reused_as_computed, reusing,
+                           shuffled_batches)
 from tiny import SPECS, conditioning, sample
 
 WAN = dict(image_model="wan2.1", dim=128, out_dim=16, num_heads=1, ffn_dim=256, num_layers=3, patch_size=(1, 2, 2),
@@ -102,14 +103,8 @@ def options(name):
 @pytest.fixture(scope="module")
 def full(tiny_models):
     """The host's own picture, by family, and the layers of the network that run."""
-    @functools.cache
-    def make(name):
-        model = tiny_models(name)
-        with Watch(model) as watch:
-            picture = sample(model, name, sigmas=STILL, **options(name))
-        return picture, watch.passes[0][1]
-
-    return make
+    return functools.cache(
+        lambda name: host_picture(tiny_models(name), lambda model: sample(model, name, sigmas=STILL, **options(name))))
 
 
 @pytest.mark.parametrize("name, kind", CASES)

@@ -1,6 +1,7 @@
 """Feature reuse on every model family: exactly what is said runs, and what comes from the cache is right."""
 import functools
 import re
+from contextlib import contextmanager
 
 import comfy.context_windows
 import comfy.controlnet
@@ -69,6 +70,30 @@ def reusing(*kinds, every=3, weight="hold", **storage):
                                                          storage=StorageSettings(**storage)))
 
 
+@contextmanager
+def second_pass_runs_out_of_memory(model):
+    """While open, the second pass through a Flux network fails near its end."""
+    calls = []
+
+    def run_out(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.cuda.OutOfMemoryError("no room")
+
+    hook = model.model.diffusion_model.final_layer.register_forward_pre_hook(run_out)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def host_picture(model, sample):
+    """The host's own picture by sample(model), and {layer: calls} of one pass of the network."""
+    with Watch(model) as watch:
+        picture = sample(model)
+    return picture, watch.passes[0][1]
+
+
 def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
@@ -84,13 +109,8 @@ def notes(model):
 @pytest.fixture(scope="module")
 def full(tiny_models):
     """The host's own picture, by family: two different latents, and the layers of the network that run."""
-    def make(name):
-        model = tiny_models(name)
-        with Watch(model) as watch:
-            picture = sample(model, name, sigmas=STILL, batch=2)
-        return picture, watch.passes[0][1]
-
-    return functools.cache(make)
+    return functools.cache(
+        lambda name: host_picture(tiny_models(name), lambda model: sample(model, name, sigmas=STILL, batch=2)))
 
 
 class Watch:
@@ -354,18 +374,8 @@ def test_a_pass_that_runs_out_of_memory_is_run_again_without_features(tiny_model
     """What the cache holds must not cost the picture."""
     theirs = sample(tiny_models("flux"), "flux", sigmas=STILL)
     model = attach(tiny_models("flux"), reusing("stack"))
-    calls = []
-
-    def run_out(*_):
-        calls.append(1)
-        if len(calls) == 2:
-            raise torch.cuda.OutOfMemoryError("no room")
-
-    hook = model.model.diffusion_model.final_layer.register_forward_pre_hook(run_out)
-    try:
+    with second_pass_runs_out_of_memory(model):
         assert relative(sample(model, "flux", sigmas=STILL), theirs) < 1e-5
-    finally:
-        hook.remove()
     assert set(actions(model)) == {"FULL"} and "memory ran out" in notes(model)
 
 

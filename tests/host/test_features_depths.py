@@ -1,12 +1,12 @@
 """The depth that is chosen automatically: what saves most of what a model has and memory holds."""
 import pytest
-import torch
 from comfy_extras import nodes_freelunch
 from fastercache_pack.fastercache_core.clock import Window
 from fastercache_pack.fastercache_core.settings import CacheSettings
 from fastercache_pack.nodes.features import feature_settings
 from fastercache_pack.nodes.host import families
 from fastercache_pack.nodes.host.attach import attach, last_report
+from test_features import second_pass_runs_out_of_memory
 from tiny import SPECS, sample
 
 STEPS = 12
@@ -95,18 +95,8 @@ def test_what_another_node_works_on_is_passed_over(tiny_models):
 
 def test_after_memory_ran_out_no_other_depth_is_tried(tiny_models):
     model = tiny_models("flux")
-    calls = []
-
-    def run_out(*_):
-        calls.append(1)
-        if len(calls) == 2:
-            raise torch.cuda.OutOfMemoryError("no room")
-
-    hook = model.model.diffusion_model.final_layer.register_forward_pre_hook(run_out)
-    try:
+    with second_pass_runs_out_of_memory(model):
         _, notes, counted = run(model, "flux", automatic())
-    finally:
-        hook.remove()
     assert set(counted) == {"FULL"} and "memory ran out" in notes
 
 

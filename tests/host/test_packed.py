@@ -26,7 +26,8 @@ from fastercache_pack.nodes.fastercache import PRESETS
 from fastercache_pack.nodes.features import feature_settings
 from fastercache_pack.nodes.host.attach import attach, last_report
 from fastercache_pack.nodes.host.families import find_family
-from test_features import ATTENTION, STILL, Watch, actions, relative, reused_as_computed, reusing, shuffled_batches
+from test_features import (ATTENTION, STILL, actions, host_picture, relative, reused_as_computed, reusing,
+                           shuffled_batches)
 from tiny import SPECS, conditioning
 
 NAME = "ltxav"
@@ -147,14 +148,8 @@ def parts(latents, theirs):
 @pytest.fixture(scope="module")
 def full(tiny_models):
     """The host's own latents, with or without audio, and the layers of the network that run."""
-    @functools.cache
-    def make(audio):
-        model = tiny_models(NAME)
-        with Watch(model) as watch:
-            latent = sample(model, audio=audio, sigmas=STILL, batch=2)
-        return latent, watch.passes[0][1]
-
-    return make
+    return functools.cache(
+        lambda audio: host_picture(tiny_models(NAME), lambda model: sample(model, audio=audio, sigmas=STILL, batch=2)))
 
 
 def test_the_latent_is_packed_and_all_of_its_parts_matter(tiny_models, full):

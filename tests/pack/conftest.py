@@ -1,19 +1,13 @@
 """What the pack's nodes say about themselves."""
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
+from testbed.pack import PACK, load_pack
 
-ROOT = Path(__file__).parents[2]
-PACK = "fastercache_pack"
 # Options that are not the pack's to translate: the host's own, and the user's files.
 HOST_LISTS = ("sampler_name", "scheduler", "filename")
 
-if PACK not in sys.modules:
-    spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    sys.modules[PACK] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[PACK])
+load_pack()
 
 SCHEMAS = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in sys.modules[f"{PACK}.nodes"].NODES}
 
