@@ -51,6 +51,10 @@ class Gains:
         terms = [[-w for w in accumulate(reversed(term[1:]))][::-1] for term in term_weights(sigmas, sigma)[1:]]
         return gains[:, :len(terms)] @ numbers(terms, gains).reshape(len(terms), len(terms))
 
+    def tensors(self):
+        """Every tensor held."""
+        return [*self.products.values(), *self.fitted.values()]
+
     def forget(self, gone):
         """Drop the keys of which `gone` is true."""
         for held in (self.products, self.fitted):
@@ -66,7 +70,13 @@ class Gains:
         for keys in alike.values():
             p = torch.stack([self.products[key] for key in keys])
             fit = Fit(p[..., 1, 1], p[..., 1, 2], p[..., 2, 2], p[..., 0, 1], p[..., 0, 2])
-            self.fitted.update(zip(keys, fit.gains(PRIOR, LEAN)[..., 1:].unbind(1)))
+            # Copies: a view would keep the others' memory, too.
+            self.fitted.update(zip(keys, torch.unbind_copy(fit.gains(PRIOR, LEAN)[..., 1:], 1)))
+
+
+def gains_bytes(pictures):
+    """Bytes that are held for one feature of so many pictures: what was compared, and two gains, in float32."""
+    return pictures * (3 * 3 + 2) * 4
 
 
 def sample(x, axis):

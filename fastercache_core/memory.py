@@ -1,7 +1,8 @@
 """Cached features of one run, kept apart per branch and per site of the network, within a budget."""
+from collections import Counter
 from typing import NamedTuple
 
-from .storage import Storage
+from .storage import LEAVING, Storage
 
 
 class Output(NamedTuple):
@@ -16,8 +17,8 @@ class FeatureMemory:
 
     A branch is the identity of a conditioning, never a position in the batch; a site is one place of
     the network: a tuple that begins with its kind. A feature is a tuple of tensors (None where the
-    network gives none). The first features that come are promised room for all that will be kept of
-    them; a site for which there is no room is not cached at all.
+    network gives none). The first features that come, or are foreseen, are promised room for all that will be
+    kept of them; a site for which there is no room is not cached at all.
     """
 
     def __init__(self, settings, depth, least=None):
@@ -27,7 +28,7 @@ class FeatureMemory:
         self.budget = settings.budget
         self.depth, self.least = depth, least or depth
         self.features, self.recorded, self.promised = {}, {}, {}
-        self.latest, self.following = {}, {}
+        self.latest, self.following, self.travels = {}, {}, False
 
     def record(self, branch, kind, ordinal):
         """Note that the sites of `kind` are computed for `branch` at evaluation `ordinal`, before they are."""
@@ -44,16 +45,40 @@ class FeatureMemory:
                 self._drop(kept)
                 del self.features[branch, site], self.promised[branch, site]
 
-    def store(self, site, features, sigma):
-        """Keep copies of `features` ({branch: feature}) as the newest of `site`, as far as there is room."""
-        self._promise(site, features)
+    def promise(self, site, features, beside=0):
+        """Promise room to `features` ({branch: feature}) of `site`: to all that are new here or to none of them.
+
+        Only their shapes and dtypes count, and these again when the first of them comes. beside: bytes that the
+        caller keeps beside each of them.
+        """
+        new = {(branch, site): beside + sum(self.storage.nbytes(t) for t in feature if t is not None)
+               for branch, feature in features.items()
+               if (branch, site) not in self.features and self.promised.get((branch, site), 0) is not None}
+        if not new:
+            return
+        self.travels |= any(self.storage.travels(t) for f in features.values() for t in f if t is not None)
+        fits = self.budget is None or self._bytes({**self.promised, **new}) <= self.budget
+        self.promised.update(new if fits else dict.fromkeys(new))
+
+    def withdraw(self):
+        """Take back what was promised to features that were foreseen and did not come."""
+        self.promised = {(branch, site): size for (branch, site), size in self.promised.items()
+                         if (branch, site) in self.features
+                         or (size is None and (branch, site[0]) in self.recorded)}
+
+    def store(self, site, features, sigma, beside=0):
+        """Keep copies of `features` ({branch: feature}) as the newest of `site`, as far as there is room.
+
+        beside: as of `promise`.
+        """
+        self.promise(site, features, beside)
         self._note_order(site)
         for branch, feature in features.items():
             if self.promised[branch, site] is None:
                 continue
-            kept = self.features.pop((branch, site), ())
-            spare = self._spare(kept, feature)
-            kept = self._as_older(kept, feature)
+            kept = list(self.features.pop((branch, site), ()))
+            spare = self._make_room(kept, feature)
+            self._make_older(kept, feature)
             stored = tuple(t if t is None else self.storage.put(t, old) for t, old in zip(feature, spare))
             ordinal = self.recorded[branch, site[0]][0]
             self.features[branch, site] = (Output(ordinal, sigma, stored), *kept)
@@ -87,10 +112,14 @@ class FeatureMemory:
         """True when something came to be kept, and all of it was promised room."""
         return bool(self.promised) and None not in self.promised.values()
 
+    def sites(self):
+        """The sites that were promised room, in the order that they came."""
+        return list(dict.fromkeys(site for (_, site), size in self.promised.items() if size is not None))
+
     def plan(self):
         """What was promised room: sites and bytes, of how many sites."""
-        kept = {site for (_, site), size in self.promised.items() if size is not None}
-        return {"sites": len(kept), "of": len({site for _, site in self.promised}), "bytes": self._promised_bytes()}
+        of = len({site for _, site in self.promised})
+        return {"sites": len(self.sites()), "of": of, "bytes": self._bytes(self.promised)}
 
     def forget(self, gone=lambda branch, kind: True):
         """Drop everything, or what `gone` says of a branch and a kind of site."""
@@ -102,36 +131,39 @@ class FeatureMemory:
 
     def tensors(self):
         """Every tensor held."""
-        return [t for stored in self._stored(self.features.values()) for t in stored.tensors()]
+        return [*(t for stored in self._stored(self.features.values()) for t in stored.held()),
+                *self.storage.tensors()]
 
     def _current(self, branch, site):
         newest = self.recorded.get((branch, site[0]), (None,))[0]
         return self.has_past(branch, site) and self.features[branch, site][0].ordinal == newest
 
-    def _promised_bytes(self):
-        return sum(size for size in self.promised.values() if size is not None)
+    def _bytes(self, promised):
+        """Bytes that `promised` ({(branch, site): bytes or None}) takes, with what of it may be on its way at once.
 
-    def _promise(self, site, features):
-        """Promise room to what comes for the first time: to all of a batch or to none of it."""
-        sizes = {(branch, site): sum(self.storage.nbytes(t) for t in feature if t is not None)
-                 for branch, feature in features.items() if (branch, site) not in self.promised}
-        fits = self.budget is None or self._promised_bytes() + sum(sizes.values()) <= self.budget
-        self.promised.update(sizes if fits else dict.fromkeys(sizes))
+        That is what leaves, an output each, and a site that comes while the one before it is used.
+        """
+        sites = Counter()
+        for (_, site), size in promised.items():
+            sites[site] += size or 0
+        moving = (LEAVING + 1) * max(size or 0 for size in promised.values()) + 2 * max(sites.values()) \
+            if self.travels and promised else 0
+        return sites.total() + moving
 
-    def _spare(self, kept, feature):
-        """What of the oldest of outputs `kept` may be written over by `feature`, None where nothing."""
-        oldest = kept[self.depth - 1].feature if len(kept) == self.depth else [None] * len(feature)
-        return [old if self.storage.holds_like(old, t) else None for t, old in zip(feature, oldest)]
+    def _make_room(self, kept, feature):
+        """Drop the oldest of a full list of outputs; what of it `feature` may be written over, None where nothing."""
+        if len(kept) < self.depth:
+            return [None] * len(feature)
+        oldest = kept.pop()
+        self._drop([oldest])
+        return [old if self.storage.holds_like(old, t) else None for t, old in zip(feature, oldest.feature)]
 
-    def _as_older(self, kept, feature):
-        """Outputs `kept` as they are beside a newer `feature`. What is dropped makes room before that takes it."""
-        self._drop(kept[self.depth - 1:])
-        kept = kept[:self.depth - 1]
-        if not (kept and self.storage.by_change):
-            return kept
-        change = tuple(t if t is None else self.storage.put_change(t - self.storage.get(before))
-                       for t, before in zip(feature, kept[0].feature))
-        return kept[0]._replace(feature=change), *kept[1:]
+    def _make_older(self, kept, feature):
+        """Make of the newest of outputs `kept` what it is beside a newer `feature`."""
+        if kept and self.storage.by_change:
+            change = tuple(t if t is None else self.storage.put_change(t - self.storage.get(before))
+                           for t, before in zip(feature, kept[0].feature))
+            kept[0] = kept[0]._replace(feature=change)
 
     def _values(self, kept):
         """The features of outputs `kept`, newest first."""

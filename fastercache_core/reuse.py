@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .gains import Gains
+from .gains import Gains, gains_bytes
 from .memory import FeatureMemory
 from .schedule import Interval, IntervalSchedule
 from .storage import StorageSettings
@@ -96,6 +96,14 @@ def reachable(sigmas, sigma):
     return kept
 
 
+def parts_of(feature, count, axis):
+    """The `count` equal slices of a feature (tuple of tensors or None) along `axis`; none where it has no such."""
+    if any(t is not None and t.shape[axis] % count for t in feature):
+        return []
+    parts = [[None] * count if t is None else t.chunk(count, axis) for t in feature]
+    return list(zip(*parts))
+
+
 class ReuseCache:
     """Feature reuse during one run."""
 
@@ -141,20 +149,22 @@ class ReuseCache:
                     self.memory.record(branch, kind, self.evaluation.ordinal)
             self.schedules[kind].computed(self.evaluation)
 
+    def promise(self, site, expected, feature, count, axis=0):
+        """Promise room at `site` to the branches `expected`: to each for one of `count` slices of `feature`."""
+        for part in parts_of(feature, count, axis)[:1]:
+            self.memory.promise(site, dict.fromkeys(expected, part), self._beside(feature, count, axis))
+
     def store(self, site, branches, feature, axis=0):
         """Store a `feature` (tuple of tensors or None) of `site`, one equal slice of `axis` for each branch.
 
         A feature that cannot be cut so is not stored.
         """
-        if any(t is not None and t.shape[axis] % len(branches) for t in feature):
-            return
-        parts = [t if t is None else t.chunk(len(branches), axis) for t in feature]
-        own = {branch: tuple(t if t is None else t[i] for t in parts)
-               for i, branch in enumerate(branches) if branch is not None}
+        parts = zip(branches, parts_of(feature, len(branches), axis))
+        own = {branch: part for branch, part in parts if branch is not None}
         self.memory.forget_other_shapes(site, own)
         for branch, part in own.items():
             self._learn(branch, site, part, axis)
-        self.memory.store(site, own, self.evaluation.sigma)
+        self.memory.store(site, own, self.evaluation.sigma, self._beside(feature, len(branches), axis))
 
     def holds(self, site, branches):
         """True when `site` can be recalled for every one of `branches`."""
@@ -174,13 +184,19 @@ class ReuseCache:
 
     def tensors(self):
         """Every tensor held."""
-        return self.memory.tensors()
+        return self.memory.tensors() + self.gains.tensors()
 
     def reset(self):
         """Forget everything, so that the next evaluation is computed."""
         self._forget(lambda branch, kind: True)
         for schedule in self.schedules.values():
             schedule.reset()
+
+    def _beside(self, feature, count, axis):
+        """Bytes of the gains of each of `count` slices of `feature`."""
+        if self.settings.weight != "measured":
+            return 0
+        return sum(gains_bytes(t.shape[axis] // count) for t in feature if t is not None)
 
     def _fresh(self, kind, branch):
         return self.memory.ready(branch, kind, self.evaluation.ordinal - self.schedules[kind].every + 1)

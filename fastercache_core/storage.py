@@ -44,8 +44,12 @@ class Stored:
     coming: tuple | None = None
 
     def tensors(self):
-        """Every tensor held."""
+        """Every tensor at rest."""
         return [t for t in (self.data, self.scale) if t is not None]
+
+    def held(self):
+        """Every tensor at rest or on its way back."""
+        return [*self.tensors(), *(self.coming[0] if self.coming else ())]
 
 
 class Storage:
@@ -70,6 +74,10 @@ class Storage:
     def nbytes(self, x):
         """Bytes that all outputs of a feature like `x` will take at rest."""
         return bytes_in(self.newest_dtype, x) + (self.outputs - 1) * bytes_in(self.older_dtype, x)
+
+    def travels(self, x):
+        """True where features like `x` leave their GPU and come back to it."""
+        return x.device.type == "cuda" and self.device not in (None, x.device)
 
     @staticmethod
     def holds_like(stored, x):
@@ -110,6 +118,10 @@ class Storage:
     def drop(self, stored):
         """Let go of `stored`, which may be on its way."""
         self._arrived(stored)
+
+    def tensors(self):
+        """Every tensor on its way off a GPU."""
+        return [data for data, _ in self.leaving]
 
     def settle(self):
         """Wait for all copies, before everything is let go of."""

@@ -1,9 +1,12 @@
 """Cached features within a budget: who has room, what is forgotten, and what counts as known."""
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastercache_core.memory import FeatureMemory
-from fastercache_core.storage import StorageSettings
+from fastercache_core.storage import Storage, StorageSettings
 
 SITES = [("self", i) for i in range(4)]
 
@@ -120,6 +123,76 @@ def test_a_batch_gets_room_for_all_of_its_branches_or_for_none():
     assert held.holds(["cond", "uncond"], SITES[0])
     assert not held.holds(["cond"], SITES[1]) and not held.holds(["uncond"], SITES[1])
     assert not held.has_room() and not memory().has_room()
+
+
+def features(size, branches=("cond", "uncond")):
+    return dict.fromkeys(branches, (torch.ones(1, size), None))
+
+
+def test_what_was_foreseen_has_its_room_when_it_comes_and_no_more_than_that():
+    held = memory(budget=2 * 2 * 8 * 4 * 2)  # two sites of two branches, two outputs of eight numbers
+    for site in SITES:
+        held.promise(site, features(8))
+    assert held.plan() == {"sites": 2, "of": 4, "bytes": held.budget} and held.tensors() == []
+    for ordinal in range(3):
+        evaluated(held, ordinal, ["uncond"])
+        evaluated(held, ordinal, ["cond"])
+    assert held.plan() == {"sites": 2, "of": 4, "bytes": held.budget} and held_bytes(held) == held.budget
+
+
+@pytest.mark.parametrize("size, sites", [(9, 3), (16, 2), (7, 4)])
+def test_what_comes_larger_than_foreseen_gets_room_for_its_own_size_or_none(size, sites):
+    held = memory(budget=4 * 2 * 2 * 8 * 4)
+    for site in SITES:
+        held.promise(site, features(8))
+    assert held.has_room()
+    for ordinal in range(3):
+        evaluated(held, ordinal, ["cond", "uncond"], size=size)
+    assert held.plan()["sites"] == sites and held.plan()["bytes"] == held_bytes(held) <= held.budget
+
+
+def test_what_was_foreseen_and_did_not_come_gives_its_room_back():
+    held = memory(budget=2 * 8 * 4 * 2)
+    held.promise(SITES[0], features(8, ["another"]))
+    held.promise(SITES[1], features(8, ["cond"]))
+    held.promise(SITES[2], features(8, ["another"]))
+    evaluated(held, 0, ["cond"], SITES[1:2])
+    assert held.plan() == {"sites": 2, "of": 3, "bytes": 128} and not held.has_room()
+    held.withdraw()
+    assert held.plan() == {"sites": 1, "of": 1, "bytes": 64} and held.has_room()
+    evaluated(held, 1, ["cond"], SITES[:2])
+    assert held.plan()["sites"] == 2
+
+
+class Elsewhere(Storage):
+    """Storage off a GPU that needs none: copies are there at once, but count as on their way until waited for."""
+
+    def _copy_beside(self, device, targets, sources):
+        for target, source in zip(targets, sources):
+            target.copy_(source)
+
+
+@pytest.mark.parametrize("dtype", ["native", "fp16", "fp8"])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_what_is_on_its_way_between_two_devices_is_in_the_budget(monkeypatch, depth, dtype):
+    """Copies that leave the GPU stay there until they have arrived, and the next site comes while one is used."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(wait_event=lambda event: None))
+    branches = ["cond", "uncond"]
+    with FakeTensorMode():
+        held = FeatureMemory(StorageSettings(10 ** 9, "cpu", dtype), depth)
+        held.storage = Elsewhere(StorageSettings(10 ** 9, "cpu", dtype), depth)
+        most = 0
+        for ordinal in range(depth):
+            for branch in branches:
+                held.record(branch, "self", ordinal)
+            for site in SITES:
+                held.store(site, dict.fromkeys(branches, (torch.ones(1, 5, 8, device="cuda"),)), 1.0 - 0.1 * ordinal)
+                most = max(most, held_bytes(held))
+        for site in SITES:
+            used = [t for outputs in held.recall(branches, site) for _, (t,) in outputs if dtype == "native"]
+            most = max(most, held_bytes(held) + sum(t.numel() * t.element_size() for t in used))
+        at_rest = sum(held.promised.values())
+    assert at_rest < most <= held.plan()["bytes"]
 
 
 def test_a_branch_with_room_is_kept_up_to_date_beside_one_without():

@@ -7,6 +7,7 @@ from fastercache_core.gains import SAMPLE, sample
 from fastercache_core.reuse import (PATIENCE, REUSE_WEIGHTS, ReuseCache, ReuseSettings, blend, extrapolate, reachable,
                                     reuse_weight)
 from fastercache_core.schedule import Interval
+from fastercache_core.storage import StorageSettings
 
 PERCENT_TO_SIGMA = lambda percent: 1.0 - percent
 SITE = ("self", 0)
@@ -238,12 +239,55 @@ def test_a_stored_feature_is_a_copy_and_a_recalled_one_too():
 
 def test_memory_is_counted_and_given_back():
     cache = recorded("measured", [torch.ones(2, 8)] * 4, ["cond", None])
-    assert sum(t.numel() for t in cache.tensors()) == 3 * 8, "three outputs of one branch"
+    assert sum(t.numel() for t in cache.memory.tensors()) == 3 * 8, "three outputs of one branch"
     assert cache.gains.products
     cache.reset()
     assert cache.tensors() == [] and not cache.gains.products
     cache.begin(at(4))
     assert cache.reusable(["cond"]) == set()
+
+
+def budgeted(budget, dtype="native"):
+    """A cache of measured forecasts that ran six evaluations of two branches at four sites, two pictures each."""
+    cache = ReuseCache(ReuseSettings({"self": Interval(2)}, "measured", storage=StorageSettings(budget, None, dtype)),
+                       PERCENT_TO_SIGMA)
+    branches, sites = ["cond", "uncond"], [("self", i) for i in range(4)]
+    for ordinal in range(6):
+        cache.begin(at(ordinal))
+        cache.begin_record(branches, {"self"})
+        for site in sites:
+            cache.store(site, branches, (torch.rand(4, 5, 8), None))
+            assert budget is None or held_bytes(cache) <= budget, "at no moment"
+        for site in sites:
+            if cache.holds(site, branches):
+                cache.recall(site, branches)
+            assert budget is None or held_bytes(cache) <= budget, "nor when gains are fitted"
+    return cache
+
+
+def held_bytes(cache):
+    """Bytes of the memory that the tensors of a cache keep, each counted once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in cache.tensors()}.values())
+
+
+@pytest.mark.parametrize("dtype", ["native", "fp16", "fp8"])
+def test_the_gains_of_measured_forecasts_are_in_the_budget_to_the_byte(dtype):
+    every = budgeted(None, dtype)
+    needed = every.memory.plan()["bytes"]
+    assert needed == held_bytes(every) and every.gains.fitted
+    assert budgeted(needed, dtype).memory.plan() == {"sites": 4, "of": 4, "bytes": needed}
+    assert budgeted(needed - 1, dtype).memory.plan() == {"sites": 3, "of": 4, "bytes": needed * 3 // 4}
+
+
+def test_room_can_be_promised_to_all_branches_for_what_one_of_them_gives():
+    cache = cache_of("measured")
+    cache.begin(at(0))
+    cache.promise(SITE, ["cond", "uncond"], (torch.empty(3, 2, 8, device="meta"), None), 3)
+    one = 3 * 2 * 8 * 4 + 1 * (9 + 2) * 4  # outputs, tokens, width, bytes; gains of a picture
+    assert cache.memory.plan() == {"sites": 1, "of": 1, "bytes": 2 * one}
+    assert cache.tensors() == [], "nothing is held for it"
+    cache.promise(("self", 1), ["cond"], (torch.empty(4, 2, 8, device="meta"),), 3)
+    assert cache.memory.plan()["of"] == 1, "what cannot be cut into branches is not stored"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
