@@ -83,9 +83,18 @@ def full_text(report):
     """The report as text for a person: totals, the run, notes, then one line an evaluation."""
     run = report["run"]
     head = [f"{key}: {run[key]}" for key in ("model", "sampler", "steps", "cfg") if key in run]
+    head += [f"features: {features_text(run['features'])}"] if run.get("features", {}).get("sites") else []
     notes = [f"note: {note}" for note in report["notes"]]
     lines = [f"{r['ordinal']:4d}  sigma {r['sigma']:8.4f}  {_actions(r)}" for r in report["evaluations"]]
     return "\n".join([summary_line({**report, "notes": []}), *head, *notes, *lines])
+
+
+def features_text(plan):
+    """Which features have room and where, from the `features` of a report's run."""
+    where = "; ".join(f"{kind}: " + ", ".join(f"{blocks} {numbers}" for blocks, numbers in lists.items())
+                      for kind, lists in plan["blocks"].items())
+    return (f"{plan['sites']} of {plan['of']} sites ({where}): {plan['bytes'] / 1e6:.1f} MB of "
+            f"{plan['budget'] / 1e6:.1f} MB on {plan['device']}, {plan['dtype']}")
 
 
 def _actions(record):

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from .sites import ranges
+
 
 class CallsDiffer(Exception):
     """A pass called attention otherwise than the one whose features were put into it: its output is wrong."""
@@ -47,6 +49,11 @@ class AttentionCalls:
             if branch is not None and self.known.setdefault(branch, self.calls) != self.calls:
                 self.cache.forget(branch)
                 self.known[branch] = self.calls
+
+    def where(self, sites):
+        """The calls that `sites` are, by kind: {kind: {"attention calls": "0, 2, 4"}}."""
+        kinds = dict.fromkeys(kind for kind, _ in sites)
+        return {kind: {"attention calls": ranges(sorted(n for k, n in sites if k == kind))} for kind in kinds}
 
     def _override(self, attention, q, k, *args, **kwargs):
         kind = "self" if q.shape[-2] == k.shape[-2] else "cross"

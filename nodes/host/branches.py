@@ -23,6 +23,14 @@ def branch_keys(transformer_options, window, shape, seen):
     return keys
 
 
+def keys_ahead(conds, window, shape, sigma):
+    """The identities that `branch_keys` will give to the conditionings that run at `sigma`, but to those of areas:
+    the latent has another shape there.
+    """
+    return [(str(cond.get("uuid")), index, window, tuple(shape[1:]), 0) for index, branch in enumerate(conds)
+            for cond in branch or () if is_active(cond, sigma) and cond.get("area") is None]
+
+
 def reference_branch(conds, guider_conds):
     """Index in `conds` of the guider's positive conditioning, None when it is not among them.
 

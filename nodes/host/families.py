@@ -45,7 +45,8 @@ class Stack:
 class Family:
     """A family of diffusion models: full class names, and where things are inside.
 
-    batch_axis: axis of the batch in features. unet: True where `input_blocks`, `middle_block` and
+    batch_axis: axis of the batch in features. opaque: class names of modules that choose by numbers what they run,
+    with an output shaped as their input. unet: True where `input_blocks`, `middle_block` and
     `output_blocks` are those of the host's UNet. known: False for a model of which nothing is known, where
     attention is taken as the host calls it.
     """
@@ -54,6 +55,7 @@ class Family:
     attention: tuple = ()
     stacks: tuple = ()
     batch_axis: int = 0
+    opaque: tuple = ()
     unet: bool = False
     known: bool = True
 
@@ -110,7 +112,7 @@ FAMILIES = (
            (Attention("HiDreamImageTransformerBlock", "attn1"),
             Attention("HiDreamImageSingleTransformerBlock", "attn1")),
            (Stack("double_stream_blocks", ("image_tokens", "text_tokens")),
-            Stack("single_stream_blocks", ("image_tokens",)))),
+            Stack("single_stream_blocks", ("image_tokens",))), opaque=("MOEFeedForwardSwiGLU",)),
     Family("PixArt", ("comfy.ldm.pixart.pixartms.PixArtMS",),
            (Attention("PixArtMSBlock", "attn"), Attention("PixArtMSBlock", "cross_attn", "cross")),
            (Stack("blocks"),)),

@@ -1,13 +1,16 @@
 """Feature reuse in the host: which sites a model has, what memory they may take, and one pass with them."""
 import logging
+from contextlib import contextmanager
 from dataclasses import replace
 
 import comfy.model_management as host_memory
 import torch
 
+from ...fastercache_core.report import features_text
 from ...fastercache_core.reuse import ReuseCache
 from .attention_calls import AttentionCalls, CallsDiffer
 from .families import available, find_family
+from .foresight import Foresight
 from .sites import FeatureSwap, control_of_kept_blocks
 
 # Of the memory that the host reports free beyond what it needs to sample, features may take this share.
@@ -19,7 +22,8 @@ PATCHED = {"self": "attn1", "cross": "attn2"}
 class Features:
     """Feature reuse during one run of one model (ModelPatcher) under `settings` (ReuseSettings).
 
-    notes: what a user should know of it. plan: sites that have room in memory, of how many, and bytes.
+    notes: what a user should know of it. plan: sites that have room in memory, of how many, and bytes, and in
+    which blocks they lie. It is made before the first pass where that can be foreseen, else as features come.
     """
 
     def __init__(self, settings, model, percent_to_sigma):
@@ -39,23 +43,24 @@ class Features:
 
     def begin(self, evaluation, wanted=None):
         """A new evaluation starts. wanted: whether features shall be reused, None to go by the intervals."""
-        if self.depths and self.cache.memory.recorded:
-            self._settle_depth()
+        if self.cache.memory.recorded and not self.settled:
+            self._settle()
         self._update_plan()
         self.now = evaluation, wanted
         self.cache.begin(*self.now)
 
-    def run(self, executor, args, kwargs, branches, kept, alike):
+    def run(self, executor, args, kwargs, branches, kept, alike, ahead=()):
         """One pass of the network: its output, and the set of kinds that came from the cache.
 
         args: x, t, c_concat, c_crossattn, control, transformer_options. branches: identities of the
         chunks of the batch; kept: the same, None where features are not stored. alike: False where
-        these branches are not computed as they were when their features were stored.
+        these branches are not computed as they were when their features were stored. ahead: all branches of this
+        evaluation whose features will be stored.
         """
         model = executor.class_obj
         network = getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)
         if self.swap is None:
-            self._start(model, network, args)
+            self._start(model, network, args, kwargs, branches, ahead)
         self._forget_changed(branches, conditions_of(model, args))
         reused = self._reusable(branches, args[5]) if alike else set()
         recorded = self.cache.worth_storing() - reused if any(kept) else set()
@@ -85,22 +90,30 @@ class Features:
         self.swap = None
         if self.device.type != "cpu":
             host_memory.soft_empty_cache()
-        return {**self.plan, "device": str(self.device), "dtype": self.settings.storage.dtype,
-                "kinds": list(self.cache.schedules), **({"depth": self.depth} if self.depth else {})}
+        return {**self.plan, **({"depth": self.depth} if self.depth else {})}
 
     def _use(self, depth, intervals):
         """Begin to cache at `intervals` ({kind: Interval}); depth: their name, None where it was not chosen here."""
         self.depth = depth
         self.cache = ReuseCache(replace(self.settings, intervals=intervals), self.percent_to_sigma)
         self.swap, self.conditions = None, {}
-        self.plan = {"sites": 0, "of": 0, "bytes": 0}
+        self.settled, self.told, self.plan = False, False, self._plan()
 
-    def _settle_depth(self):
-        """Stay with the depth whose features were recorded, if all of them have room."""
-        if self.cache.memory.has_room():
-            self.depths = []
+    def _settle(self):
+        """Go by what the first evaluation gave: stay with a depth all of whose features have room."""
+        self.cache.memory.withdraw()
+        reason = self._lacks()
+        if self.depths and reason:
+            self._pass_over(reason)
         else:
-            self._pass_over("not enough memory" if self.cache.memory.promised else "not in this model")
+            self._tell()
+            self.depths, self.settled, self.plan = [], True, self._plan()
+
+    def _lacks(self):
+        """Why the features that came, or were foreseen, are not all cached; None where they are."""
+        if self.cache.memory.has_room():
+            return None
+        return "not enough memory" if self.cache.memory.promised else "not in this model"
 
     def _pass_over(self, reason):
         """Try the depth that saves most of those left."""
@@ -108,18 +121,58 @@ class Features:
         self.cache.reset()
         self._use(*self.depths.pop(0))
 
-    def _start(self, model, network, args):
+    def _start(self, model, network, args, kwargs, branches, ahead):
         """The first pass: the host has loaded the model, so what is free now is really free."""
-        while self.depths and any(is_patched(kind, args[5].get("patches", {})) for kind in self.cache.schedules):
-            self._pass_over("patched by another node")
-            self.cache.begin(*self.now)
-        wrappers = args[5].get("wrappers", {}).get("apply_model", {})
-        compiled = "torch.compile" in wrappers
-        self.swap = (FeatureSwap(network, self.family, self.cache, self.cache.schedules, compiled)
-                     if self.family.known else AttentionCalls(self.cache, compiled))
-        if self.cache.memory.budget is None:
-            needed = model.memory_required(list(args[0].shape)) if self.device == args[0].device else 0
-            self.cache.memory.budget = free_bytes(self.device, needed)
+        patches, foresight = args[5].get("patches", {}), self._foresight(model, args, kwargs)
+        self.cache.memory.budget = budget = self._budget(model, args)
+        try:
+            while (reason := self._unfit(patches, foresight, branches, ahead)) and self.depths:
+                self._pass_over(reason)
+                self.cache.begin(*self.now)
+                self.cache.memory.budget = budget
+        finally:
+            if foresight:
+                foresight.close()
+        compiled = "torch.compile" in args[5].get("wrappers", {}).get("apply_model", {})
+        self.swap = self._make_swap(network, self.cache, compiled)
+        self._tell()
+
+    def _unfit(self, patches, foresight, branches, ahead):
+        """Why the depth that is tried cannot be had as a whole; None where it can, or that is not known yet."""
+        foreseen = self._foresee(foresight, branches, ahead)
+        if any(is_patched(kind, patches) for kind in self.cache.schedules):
+            return "patched by another node"
+        return self._lacks() if foreseen else None
+
+    def _make_swap(self, network, cache, compiled=False):
+        if self.family.known:
+            return FeatureSwap(network, self.family, cache, self.cache.schedules, compiled)
+        return AttentionCalls(cache, compiled)
+
+    def _budget(self, model, args):
+        """Bytes that features may take."""
+        if self.settings.storage.budget is not None:
+            return self.settings.storage.budget
+        needed = model.memory_required(list(args[0].shape)) if self.device == args[0].device else 0
+        return free_bytes(self.device, needed)
+
+    def _foresight(self, model, args, kwargs):
+        """The pass that is about to run, without numbers; None where the model cannot be run so."""
+        with unforeseen():
+            return Foresight(model, args, kwargs, self.family.opaque)
+
+    def _foresee(self, foresight, branches, ahead):
+        """Promise room to the branches `ahead` for what a pass of `branches` would store; True if that was seen."""
+        kinds = self.cache.worth_storing()
+        if foresight is None or not kinds:
+            return False
+        with unforeseen():
+            swap = self._make_swap(foresight.network, Promises(self.cache, ahead))
+            with swap.running(branches, branches, set(), kinds):
+                foresight.run(swap.options(foresight.options, set()))
+            return True
+        self.cache.memory.promised.clear()
+        return False
 
     def _reusable(self, branches, options):
         reused = self.cache.reusable(branches)
@@ -143,7 +196,7 @@ class Features:
     def _give_up(self):
         """Leave all memory to the host for the rest of the run."""
         self.cache.reset()
-        self.cache.memory.budget, self.depths = 0, []
+        self.cache.memory.budget, self.depths, self.settled = 0, [], True
         host_memory.soft_empty_cache()
         self._note("memory ran out: cached features were dropped and none are kept for the rest of this run; "
                    "give memory_gb, or keep them on the cpu")
@@ -153,16 +206,23 @@ class Features:
             self.notes.append(note)
 
     def _update_plan(self):
-        """Keep the largest plan of the run, and tell it when it is first known."""
-        plan = self.cache.memory.plan()
-        if plan["sites"] and not self.plan["sites"]:
-            logging.info("FasterCache: %s", self._plan_line(plan))
-        self.plan = max(self.plan, plan, key=lambda p: (p["bytes"], p["of"]))
+        """Keep the largest plan of the run."""
+        self.plan = max(self.plan, self._plan(), key=lambda p: (p["bytes"], p["of"]))
 
-    def _plan_line(self, plan):
-        return (f"features of {plan['sites']} of {plan['of']} sites ({', '.join(self.cache.schedules)}) are "
-                f"cached: {plan['bytes'] / 1e6:.1f} MB of {self.cache.memory.budget / 1e6:.0f} MB on {self.device}, "
-                f"{self.settings.storage.dtype}" + (f"; {self._why_depth()}" if self.depth else ""))
+    def _tell(self):
+        """Tell the plan when it is first known."""
+        plan = self._plan()
+        if plan["sites"] and not self.told:
+            self.told = True
+            why = f"; {self._why_depth()}" if self.depth else ""
+            logging.info("FasterCache: features of %s%s", features_text(plan), why)
+
+    def _plan(self):
+        """What has room now and where, as plain data."""
+        memory = self.cache.memory
+        return {**memory.plan(), "budget": memory.budget, "device": str(self.device),
+                "dtype": self.settings.storage.dtype, "kinds": list(self.cache.schedules),
+                "blocks": self.swap.where(memory.sites()) if self.swap else {}}
 
     def _why_depth(self):
         """The sentence on a depth that was chosen here."""
@@ -175,6 +235,31 @@ class Features:
             return (f"no {kinds} feature fits into {self.cache.memory.budget / 1e6:.1f} MB: nothing is reused; raise "
                     "memory_gb, choose a smaller memory_dtype, or keep features on the cpu")
         return f"no {kinds} feature was found in this run: nothing is reused"
+
+
+class Promises:
+    """Takes the place of a ReuseCache in a pass without numbers: promises room to what would be stored.
+
+    ahead: the branches that it is promised to.
+    """
+
+    def __init__(self, cache, ahead):
+        self.cache, self.ahead = cache, ahead
+
+    def store(self, site, branches, feature, axis=0):
+        """Promise room to every branch for a slice of a `feature` of as many `branches`."""
+        self.cache.promise(site, self.ahead, feature, len(branches), axis)
+
+
+@contextmanager
+def unforeseen():
+    """Whatever goes wrong inside, the run goes on without it; but for the user's wish to end it."""
+    try:
+        yield
+    except host_memory.InterruptProcessingException:
+        raise
+    except Exception as error:  # a pass without numbers is a courtesy: any model may have its reasons
+        logging.debug("FasterCache: features could not be foreseen: %s", error)
 
 
 def conditions_of(model, args):

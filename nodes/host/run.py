@@ -11,7 +11,7 @@ from ...fastercache_core.clock import Clock
 from ...fastercache_core.mixing import MixSettings
 from ...fastercache_core.report import EvaluationRecord, RunReport
 from ...fastercache_core.schedule import Action
-from .branches import branch_keys, branch_name, reference_branch, window_of
+from .branches import branch_keys, branch_name, keys_ahead, reference_branch, window_of
 from .features import Features
 from .output_space import OutputSpace, SlopeSpace
 from .plans import REUSING, make_plan
@@ -49,7 +49,7 @@ class CacheRun:
         self.walks_grid = facts is not None and facts.calls == 1 and not facts.noise
         self.solver = facts.solver if facts else None
         self.started = self.evaluation_started = time.perf_counter()
-        self.scopes, self.passes, self.seen = {}, {}, Counter()
+        self.scopes, self.passes, self.seen, self.ahead = {}, {}, Counter(), []
         self.evaluation = self.record = self.reference = None
         self.reused, self.full_rows, self.guided, self.alone = set(), 0, False, False
 
@@ -85,7 +85,9 @@ class CacheRun:
             self.report.note("the positive conditioning of this guider was not found: nothing is skipped")
             return run_branches(conds)
         self.reference, self.reused = reference, set()
-        scope = self._scope(window_of(model_options["transformer_options"]))
+        window = window_of(model_options["transformer_options"])
+        self.ahead = keys_ahead(conds, window, x.shape, self.evaluation.sigma)
+        scope = self._scope(window)
         space = self.space(self.model_sampling, timestep, x)
 
         def run_chosen(chosen):
@@ -113,8 +115,10 @@ class CacheRun:
         # features of a branch that is mostly estimated would go stale before they are of use.
         together = self.plan or not self.settings.guidance
         alike = self.alone or together
-        kept = [b if b[1] == self.reference or together else None for b in branches]
-        output, reused = self.features.run(executor, args, kwargs, branches, kept, alike)
+        is_kept = lambda branch: together or branch[1] == self.reference
+        kept = [branch if is_kept(branch) else None for branch in branches]
+        output, reused = self.features.run(executor, args, kwargs, branches, kept, alike,
+                                           [branch for branch in self.ahead if is_kept(branch)])
         if reused:
             self.reused.update(branch[1] for branch in branches)
         return output

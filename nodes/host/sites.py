@@ -4,6 +4,7 @@ A site has two swaps: one that stores what the host computes there, one that giv
 stored. Every function that is put into the host is made once a run, so that a compiled network is
 traced once for each of the two.
 """
+import re
 from contextlib import contextmanager
 
 import torch
@@ -28,6 +29,8 @@ class FeatureSwap:
         self.single, self.bases, self.shapes = {}, {}, {}
         for name in HIDDEN if compiled else ():
             setattr(self, name, torch.compiler.disable(getattr(self, name)))
+        self.names = {id(module): block_of(name) for name, module in network.named_modules()}
+        self.blocks = {}
         self.sites = {kind: list(self._sites(network, family, kind)) for kind in kinds}
 
     def options(self, transformer_options, reused):
@@ -84,14 +87,21 @@ class FeatureSwap:
         return _each(lambda change, b: None if change is None else b + change, self.recall(site),
                      self.bases.pop(site))
 
+    def where(self, sites):
+        """The blocks that `sites` lie in, by kind: {kind: {list of blocks: "0-9 of 24"}}."""
+        found = {}
+        for kind, *place in sites:
+            found.setdefault(kind, set()).update(self.blocks[kind, place[0]])
+        return {kind: named(blocks, self.names.values()) for kind, blocks in found.items()}
+
     def _own_shape(self, x):
         """The shape of one branch's part of `x`."""
         return tuple(n // len(self.branches) if i == self.axis else n for i, n in enumerate(x.shape))
 
     def _sites(self, network, family, kind):
-        numbers = iter(range(1_000_000))
-        for make, *parts in _places(network, family, kind):
-            record, reuse = make(self, (kind, next(numbers)), *parts)
+        for number, (make, *parts) in enumerate(_places(network, family, kind)):
+            record, reuse = make(self, (kind, number), *parts)
+            self.blocks[kind, number] = {self.names[id(module)] for module, *_ in (*record, *reuse)} - {None}
             yield self._traceable(record), self._traceable(reuse)
 
     def _traceable(self, swaps):
@@ -134,6 +144,26 @@ def kept_blocks(unet):
     """How many input blocks a UNet has before its first downsampling; 0 when it has none."""
     return next((i for i, block in enumerate(unet.input_blocks)
                  if any(type(layer).__name__ == "Downsample" for layer in block)), 0)
+
+
+def block_of(name):
+    """The list of blocks that a module lies in and the number of its block there, from its name; None for no list."""
+    found = re.match(r"(\D*?)\.?[a-z_]*?(\d+)", name)
+    return (found[1], int(found[2])) if found else None
+
+
+def named(blocks, every):
+    """What to call `blocks` {(list, number)} of `every` one: {list: "0-9, 12 of 24"}."""
+    numbers = lambda path, some: sorted({block[1] for block in some if block and block[0] == path})
+    return {path: f"{ranges(numbers(path, blocks))} of {len(numbers(path, every))}"
+            for path in sorted({path for path, _ in blocks})}
+
+
+def ranges(numbers):
+    """Sorted numbers in short: "0-2, 5"."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends))
 
 
 def _places(network, family, kind):

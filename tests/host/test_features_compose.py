@@ -12,6 +12,7 @@ from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras import nodes_freelunch, nodes_model_downscale, nodes_slg, nodes_tomesd
+from fastercache_pack.fastercache_core.report import full_text
 from fastercache_pack.nodes.host.attach import attach, last_report
 from test_features import ACTIONS, STILL, Watch, actions, notes, relative, reusing
 from test_guidance_features import Controlled, hooked, lora
@@ -318,7 +319,11 @@ def test_the_report_tells_what_is_kept_and_where(tiny_models, caplog):
     assert features["dtype"] == "fp16" and features["device"] == "cpu"
     assert features["bytes"] == last_report(model)["totals"]["peak_cache_bytes"]["cpu"]
     [line] = [r.message for r in caplog.records if "sites" in r.message]
-    assert f"features of 14 of 14 sites (self, cross) are cached: {features['bytes'] / 1e6:.1f} MB of 1000 MB" in line
+    blocks = "input_blocks 1, 3 of 4, middle_block 1 of 3, output_blocks 0-3 of 4"
+    assert features["blocks"]["self"] == {"input_blocks": "1, 3 of 4", "middle_block": "1 of 3",
+                                          "output_blocks": "0-3 of 4"}
+    told = f"14 of 14 sites (self: {blocks}; cross: {blocks}): {features['bytes'] / 1e6:.1f} MB of 1000.0 MB on cpu, fp16"
+    assert f"features of {told}" in line and f"features: {told}" in full_text(last_report(model))
 
 
 def tiled(model):
