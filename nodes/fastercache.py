@@ -32,7 +32,7 @@ def paper(span):
     """FasterCache as published: attention reuse at every second step, CFG-Cache at four of five."""
     late = Window(max(span.start, 1 / 3), span.end)
     return CacheSettings("paper", GuidanceSettings(Interval(5, late), "hold", "paper"),
-                         ReuseSettings({"self": Interval(2, span)}, "linear", 1.0))
+                         ReuseSettings(dict.fromkeys(("self", "temporal"), Interval(2, span)), "linear", 1.0))
 
 
 def nothing(span):

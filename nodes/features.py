@@ -23,8 +23,11 @@ def middle(span, start, end):
 # Name of a depth -> {kind of site: Interval}, inside a window. None reaches its end: the last steps of flow models
 # are so large that one evaluation with features from the cache costs more there than all others together.
 DEPTHS = {
-    "attention": lambda span: {"self": Interval(2, middle(span, 0.0, 0.9))},
-    "all attention": lambda span: dict.fromkeys(("self", "cross"), Interval(2, middle(span, 0.0, 0.9))),
+    "attention": lambda span: dict.fromkeys(("self", "temporal"), Interval(2, middle(span, 0.0, 0.9))),
+    "all attention": lambda span: dict.fromkeys(("self", "temporal", "cross"), Interval(2, middle(span, 0.0, 0.9))),
+    # PAB (arXiv 2408.12588): the middle 70% of sampling, the less often the less a kind of attention changes there.
+    "pyramid attention": lambda span: {kind: Interval(every, middle(span, 0.15, 0.85))
+                                       for kind, every in (("self", 2), ("temporal", 4), ("cross", 6))},
     "half of the blocks": lambda span: {"rear": Interval(2, middle(span, 0.0, 0.5)),
                                         "front": Interval(2, middle(span, 0.5, 0.9))},
     "all blocks": lambda span: {"stack": Interval(2, middle(span, 0.0, 0.9))},
@@ -47,7 +50,8 @@ def feature_inputs():
         advanced(io.Combo.Input("reuse_depth", options=[AUTOMATIC, *DEPTHS], default=AUTOMATIC,
                                 tooltip="Which parts. automatic = those that save most of what the model has and "
                                         "memory holds; attention = self-attention (FasterCache); all attention = "
-                                        "cross-attention too (PAB); half of the blocks = Delta-DiT; all "
+                                        "cross-attention too; pyramid attention = as PAB: attention to the prompt at "
+                                        "every sixth step only; half of the blocks = Delta-DiT; all "
                                         "blocks = all but the first; inside of a UNet = DeepCache. A model that "
                                         "lacks the parts gets the nearest ones, and the report says so.")),
         *storage_inputs(),

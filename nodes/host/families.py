@@ -4,10 +4,10 @@ Names, paths and signatures are those of the host's own classes.
 """
 from dataclasses import dataclass
 
-# Kinds of sites. self, cross: attention outputs, after the projection and before the gate.
-# front, rear, stack: what the first half, the second half or all blocks but the first add to their
+# Kinds of sites. self, temporal, cross: attention outputs, after the projection and before the gate; temporal:
+# self-attention over time alone. front, rear, stack: what the first half, the second half or all blocks but the first add to their
 # input. deep: a UNet's inside, up to its last level. branch: ResBlock first halves and transformer branches.
-ATTENTION = ("self", "cross")
+ATTENTION = ("self", "temporal", "cross")
 SPANS = ("front", "rear", "stack")
 KINDS = (*ATTENTION, *SPANS, "deep", "branch")
 
@@ -16,13 +16,14 @@ KINDS = (*ATTENTION, *SPANS, "deep", "branch")
 class Attention:
     """An attention at `path` inside every block of class `block` or of one derived from it.
 
-    joint: further paths, where the block runs one attention over the tokens of all of these modules,
+    inside: the name of the list that these blocks lie in, where others of the class lie elsewhere. joint: further paths, where the block runs one attention over the tokens of all of these modules,
     between their `pre_attention` and `post_attention`; otherwise a module's `forward` is the attention.
     """
     block: str
     path: str
     kind: str = "self"
     joint: tuple | None = None
+    inside: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class Stack:
 
 @dataclass(frozen=True)
 class Family:
-    """A family of diffusion models: full class names, and where things are inside.
+    """A family of diffusion models: full class names, and where things are inside. An entry before another counts.
 
+    part: class name of a module that they have, where the model's own class does not tell.
     batch_axis: axis of the batch in features. opaque: class names of modules that choose by numbers what they run,
     with an output shaped as their input. unet: True where `input_blocks`, `middle_block` and
     `output_blocks` are those of the host's UNet. known: False for a model of which nothing is known, where
@@ -58,19 +60,26 @@ class Family:
     opaque: tuple = ()
     unet: bool = False
     known: bool = True
+    part: str = ""
 
     def kinds(self):
         """The kinds of sites that this family has."""
         if not self.known:
-            return set(ATTENTION)
+            return {"self", "cross"}
         found = {entry.kind for entry in self.attention}
         if self.stacks:
             found |= {"stack"} if any(stack.whole for stack in self.stacks) else set(SPANS)
         return found | ({"deep", "branch"} if self.unet else set())
 
 
+UNET = "comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel"
 FAMILIES = (
-    Family("SD UNet", ("comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel",),
+    Family("SVD", (UNET,),
+           (Attention("BasicTransformerBlock", "attn1", "temporal", inside="time_stack"),
+            Attention("BasicTransformerBlock", "attn1", inside="transformer_blocks"),
+            Attention("BasicTransformerBlock", "attn2", "cross")),
+           unet=True, part="SpatialVideoTransformer"),
+    Family("SD UNet", (UNET,),
            (Attention("BasicTransformerBlock", "attn1"), Attention("BasicTransformerBlock", "attn2", "cross")),
            unet=True),
     Family("SD3", ("comfy.ldm.modules.diffusionmodules.mmdit.MMDiT",),
@@ -139,8 +148,9 @@ FAMILIES = (
 def find_family(diffusion_model):
     """The entry for a diffusion model or any class it derives from; one that is not `known` when there is none."""
     bases = {f"{c.__module__}.{c.__qualname__}" for c in type(diffusion_model).__mro__}
+    parts = {"", *(type(module).__name__ for module in diffusion_model.modules())}
     unknown = Family(type(diffusion_model).__name__, (), known=False)
-    return next((family for family in FAMILIES if bases & set(family.models)), unknown)
+    return next((family for family in FAMILIES if bases & set(family.models) and family.part in parts), unknown)
 
 
 # What is reused instead where a family has no such sites, nearest first.
@@ -151,10 +161,12 @@ INSTEAD = {"self": ("front", "stack"), "branch": ("self", "front"), "deep": ("st
 def available(family, intervals):
     """`intervals` ({kind: Interval}) for the kinds that `family` has, and what had to be replaced: {kind: other}.
 
-    Cross attention has no replacement: where there is none, there is nothing to reuse.
+    Cross attention has no replacement: where there is none, there is nothing to reuse. Attention over time needs
+    none: where it is not alone, it is part of self.
     """
     has, found, replaced = family.kinds(), {}, {}
-    for kind, interval in intervals.items():
+    wanted = {kind: interval for kind, interval in intervals.items() if kind != "temporal" or kind in has}
+    for kind, interval in wanted.items():
         other = next((k for k in (kind, *INSTEAD.get(kind, ())) if k in has), None)
         if other:
             found.setdefault(other, interval)

@@ -16,7 +16,7 @@ from .sites import FeatureSwap, control_of_kept_blocks
 # Of the memory that the host reports free beyond what it needs to sample, features may take this share.
 SHARE = 0.5
 # Attention whose input and output another node may change in step, as token merging does.
-PATCHED = {"self": "attn1", "cross": "attn2"}
+PATCHED = {"self": "attn1", "temporal": "attn1", "cross": "attn2"}
 
 
 class Features:
@@ -32,7 +32,8 @@ class Features:
         self.settings, self.percent_to_sigma = settings, percent_to_sigma
         self.device = torch.device(settings.storage.device or model.load_device)
         self.notes = [] if self.family.known else [unknown(self.family)]
-        self.depths = [(name, kinds) for name, kinds in settings.depths if self.family.kinds() >= set(kinds)]
+        choices = [(name, *available(self.family, intervals)) for name, intervals in settings.depths]
+        self.depths = [(name, found) for name, found, replaced in choices if not replaced]
         self.passed_over, self.now = {}, None
         if self.depths:
             self._use(*self.depths.pop(0))

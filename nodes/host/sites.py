@@ -183,10 +183,11 @@ def _places(network, family, kind):
 
 
 def _attention(network, family, kind):
-    for block in network.modules():
-        names = {c.__name__ for c in type(block).__mro__}
+    for name, block in network.named_modules():
+        classes, lists = {c.__name__ for c in type(block).__mro__}, {"", *name.split(".")}
         for entry in family.attention:
-            module = _descend(block, entry.path) if entry.kind == kind and entry.block in names else None
+            meant = entry.kind == kind and entry.block in classes and entry.inside in lists
+            module = _descend(block, entry.path) if meant else None
             if module is not None and entry.joint is None:
                 yield output_site, module
             elif module is not None:

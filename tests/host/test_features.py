@@ -39,7 +39,8 @@ UNET = {
 }
 SELF_AND_CROSS = {"self": r"blocks\.\d+\.self_attn\.", "cross": r"blocks\.\d+\.cross_attn\."}
 ATTENTION = {
-    "sd15": UNET, "sdxl": UNET, "svd": UNET,
+    "sd15": UNET, "sdxl": UNET,
+    "svd": {**UNET, "self": r"\.transformer_blocks\.\d+\.attn1\.", "temporal": r"\.time_stack\.\d+\.attn1\."},
     "sd3": {"self": r"(x|context)_block\.attn\."}, "sd35": {"self": r"(x|context)_block\.attn2?\."},
     **dict.fromkeys(["wan", "wan_vace", "wan_i2v", "wan_camera", "wan_s2v", "wan_humo", "wan_animate", "predict2"],
                     SELF_AND_CROSS),

@@ -1,12 +1,13 @@
 """The depth that is chosen automatically: what saves most of what a model has and memory holds."""
 import pytest
+import torch
 from comfy_extras import nodes_freelunch
 from fastercache_pack.fastercache_core.clock import Window
 from fastercache_pack.fastercache_core.settings import CacheSettings
 from fastercache_pack.nodes.features import feature_settings
 from fastercache_pack.nodes.host import families
 from fastercache_pack.nodes.host.attach import attach, last_report
-from test_features import second_pass_runs_out_of_memory
+from test_features import Watch, second_pass_runs_out_of_memory
 from tiny import SPECS, sample
 
 STEPS = 12
@@ -74,6 +75,36 @@ def test_where_nothing_fits_as_a_whole_the_shallowest_takes_what_room_there_is(t
     assert chosen["depth"] == "attention" and 0 < chosen["sites"] < chosen["of"] and counted["REUSE"]
     _, notes, counted = run(tiny_models("sdxl"), "sdxl", automatic(1e-9))
     assert set(counted) == {"FULL"} and "no self feature fits" in notes
+
+
+def ran(watch, part):
+    """For each pass, whether a layer ran whose name has `part` in it."""
+    return [any(part in layer for layer in calls) for _, calls in watch.passes]
+
+
+def test_pyramid_attention_computes_each_kind_of_attention_as_often_as_pab_does(tiny_models):
+    """Space at every second evaluation, time at every fourth, the prompt at every sixth, in the middle of sampling."""
+    model = attach(tiny_models("svd"), automatic(depth="pyramid attention"))
+    sampling = model.get_model_object("model_sampling")
+    percents = [0.0, 0.05, 0.1, *(0.16 + 0.04 * i for i in range(16)), 0.9, 0.95]
+    sigmas = torch.tensor([min(float(sampling.percent_to_sigma(p)), float(sampling.sigma_max)) for p in percents] + [0.0])
+    with Watch(model) as watch:
+        sample(model, "svd", sigmas=sigmas)
+    middle = slice(3, 3 + 16)
+    for part, every in ((".transformer_blocks.0.attn1", 2), (".time_stack.0.attn1", 4), (".attn2", 6)):
+        computed = ran(watch, part)
+        assert all(computed[:3]) and all(computed[-2:]), "the first and last 15%"
+        at = [i for i, yes in enumerate(computed) if yes and i >= 2][:-2]
+        assert {later - earlier for earlier, later in zip(at, at[1:])} == {every}, computed[middle]
+
+
+@pytest.mark.parametrize("depth", ["attention", "all attention"])
+def test_attention_over_time_is_reused_with_that_over_space(tiny_models, depth):
+    features, _, _ = run(tiny_models("svd"), "svd", automatic(depth=depth))
+    kinds = ["self", "temporal", "cross"][:2 if depth == "attention" else 3]
+    assert features["kinds"] == kinds and set(features["blocks"]) == set(kinds)
+    features, notes, _ = run(tiny_models("wan"), "wan", automatic(depth=depth))
+    assert "temporal" not in features["kinds"] and "temporal" not in notes, "there it is part of self"
 
 
 def test_a_unet_of_one_level_gets_attention(tiny_models, monkeypatch):
