@@ -50,8 +50,8 @@ def feature_inputs():
         advanced(io.Combo.Input("reuse_depth", options=[AUTOMATIC, *DEPTHS], default=AUTOMATIC,
                                 tooltip="Which parts. automatic = those that save most of what the model has and "
                                         "memory holds; attention = self-attention (FasterCache); all attention = "
-                                        "cross-attention too; pyramid attention = as PAB: attention to the prompt at "
-                                        "every sixth step only; half of the blocks = Delta-DiT; all "
+                                        "cross-attention too; pyramid attention = PAB: the prompt's at every sixth "
+                                        "step only, which costs closeness; half of the blocks = Delta-DiT; all "
                                         "blocks = all but the first; inside of a UNet = DeepCache. A model that "
                                         "lacks the parts gets the nearest ones, and the report says so.")),
         *storage_inputs(),
