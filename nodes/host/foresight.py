@@ -7,6 +7,7 @@ from collections import OrderedDict
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 # What other nodes hand to the network: none of it must see tensors without numbers.
 OTHERS = ("wrappers", "callbacks", "patches", "patches_replace", "optimized_attention_override")
@@ -25,7 +26,7 @@ class Foresight:
         if not is_hosts_own(model):
             raise NotImplementedError("the network, or a function of it, is not the host's own")
         self.mode, self.made = FakeTensorMode(allow_non_fake_inputs=True), {}
-        with self.mode:
+        with _disable_current_modes(), self.mode:
             self.model, self.args, self.kwargs = (without_numbers(part, self.made)
                                                   for part in (model, args[:4], kwargs))
         self.options = {**{name: value for name, value in args[5].items() if name not in OTHERS},
@@ -36,8 +37,11 @@ class Foresight:
                 module.forward = torch.empty_like
 
     def run(self, options):
-        """Run the pass under `options` for the network; control residuals, which change no shape, are left out."""
-        with self.mode, torch.no_grad():
+        """Run the pass under `options` for the network; control residuals, which change no shape, are left out.
+
+        Who counts or records what tensors do does not notice.
+        """
+        with _disable_current_modes(), self.mode, torch.no_grad():
             self.model._apply_model(*self.args, None, options, **self.kwargs)
 
     def close(self):

@@ -16,6 +16,7 @@ from test_features_compose import Backend, compiled
 from test_guidance_features import lora
 from tiny import SPECS, conditioning, sample
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import FlopCounterMode
 
 KINDS = {name: [kind for n, kind in [*CASES, *test_families.CASES] if n == name and kind != "stack"]
          for name in [*SPECS, *test_families.FURTHER]}
@@ -138,6 +139,17 @@ def test_where_the_network_cannot_run_without_numbers_the_plan_is_told_after_the
         sample(model, "sd3", sigmas=STILL)
     assert told[0] == [] and len(told[-1]) == 1 and "REUSE" in actions(model)
     assert not [record for record in caplog.records if "foreseen" in record.getMessage()], "only for those who debug"
+
+
+def test_who_counts_operations_does_not_count_it(tiny_models, monkeypatch):
+    def operations():
+        with FlopCounterMode(display=False) as counter:
+            sample(attach(tiny_models("sd15"), reusing("self")), "sd15", sigmas=STILL)
+        return counter.get_total_flops()
+
+    ahead = operations()
+    without_foresight(monkeypatch)
+    assert ahead == operations()
 
 
 def test_the_users_wish_to_stop_is_not_swallowed(tiny_models):
