@@ -89,9 +89,10 @@ def _methods(module):
 
 def _module(module, made):
     """A module as `module`, without numbers, hooks and compiled code."""
-    copy = made[id(module)] = object.__new__(type(module))
+    copy, methods = object.__new__(type(module)), _methods(module)
+    made[id(module)] = copy
     vars(copy).update({name: without_numbers(value, made) for name, value in vars(module).items()
-                       if name not in _methods(module)})
+                       if name not in methods})
     vars(copy).update({name: type(vars(module)[name])() for name in HOOKS}, _compiled_call_impl=None)
     copy._apply = lambda *args, **kwargs: copy  # there is nothing to move
     if hasattr(module, "comfy_cast_weights"):
