@@ -146,9 +146,9 @@ class FeatureMemory:
         sites = Counter()
         for (_, site), size in promised.items():
             sites[site] += size or 0
-        moving = (LEAVING + 1) * max(size or 0 for size in promised.values()) + 2 * max(sites.values()) \
-            if self.travels and promised else 0
-        return sites.total() + moving
+        if not (self.travels and promised):
+            return sites.total()
+        return sites.total() + (LEAVING + 1) * max(size or 0 for size in promised.values()) + 2 * max(sites.values())
 
     def _make_room(self, kept, feature):
         """Drop the oldest of a full list of outputs; what of it `feature` may be written over, None where nothing."""

@@ -5,8 +5,9 @@ Names, paths and signatures are those of the host's own classes.
 from dataclasses import dataclass
 
 # Kinds of sites. self, temporal, cross: attention outputs, after the projection and before the gate; temporal:
-# self-attention over time alone. front, rear, stack: what the first half, the second half or all blocks but the first add to their
-# input. deep: a UNet's inside, up to its last level. branch: ResBlock first halves and transformer branches.
+# self-attention over time alone. front, rear, stack: what the first half, the second half or all blocks but the first
+# add to their input. deep: a UNet's inside, up to its last level. branch: ResBlock first halves and transformer
+# branches.
 ATTENTION = ("self", "temporal", "cross")
 SPANS = ("front", "rear", "stack")
 KINDS = (*ATTENTION, *SPANS, "deep", "branch")
@@ -16,7 +17,8 @@ KINDS = (*ATTENTION, *SPANS, "deep", "branch")
 class Attention:
     """An attention at `path` inside every block of class `block` or of one derived from it.
 
-    inside: the name of the list that these blocks lie in, where others of the class lie elsewhere. joint: further paths, where the block runs one attention over the tokens of all of these modules,
+    inside: the name of the list that these blocks lie in, where others of the class lie elsewhere.
+    joint: further paths, where the block runs one attention over the tokens of all of these modules,
     between their `pre_attention` and `post_attention`; otherwise a module's `forward` is the attention.
     """
     block: str

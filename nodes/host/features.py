@@ -83,7 +83,7 @@ class Features:
         return self.cache.tensors()
 
     def close(self):
-        """End the run: drop every tensor, return the plan as plain data for the report."""
+        """End the run: drop every tensor, return the plan as plain data for the report: what fits, and where."""
         self._update_plan()
         self.notes += [] if self.plan["sites"] else [self._why_nothing()]
         self.notes += [self._why_depth()] if self.depth else []
@@ -208,7 +208,9 @@ class Features:
 
     def _update_plan(self):
         """Keep the largest plan of the run."""
-        self.plan = max(self.plan, self._plan(), key=lambda p: (p["bytes"], p["of"]))
+        now = self.cache.memory.plan()
+        if (now["bytes"], now["of"]) > (self.plan["bytes"], self.plan["of"]):
+            self.plan = self._plan()
 
     def _tell(self):
         """Tell the plan when it is first known."""

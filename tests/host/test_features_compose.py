@@ -322,7 +322,8 @@ def test_the_report_tells_what_is_kept_and_where(tiny_models, caplog):
     blocks = "input_blocks 1, 3 of 4, middle_block 1 of 3, output_blocks 0-3 of 4"
     assert features["blocks"]["self"] == {"input_blocks": "1, 3 of 4", "middle_block": "1 of 3",
                                           "output_blocks": "0-3 of 4"}
-    told = f"14 of 14 sites (self: {blocks}; cross: {blocks}): {features['bytes'] / 1e6:.1f} MB of 1000.0 MB on cpu, fp16"
+    megabytes = f"{features['bytes'] / 1e6:.1f} MB of 1000.0 MB on cpu, fp16"
+    told = f"14 of 14 sites (self: {blocks}; cross: {blocks}): {megabytes}"
     assert f"features of {told}" in line and f"features: {told}" in full_text(last_report(model))
 
 

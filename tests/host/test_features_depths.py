@@ -87,7 +87,7 @@ def test_pyramid_attention_computes_each_kind_of_attention_as_often_as_pab_does(
     model = attach(tiny_models("svd"), automatic(depth="pyramid attention"))
     sampling = model.get_model_object("model_sampling")
     percents = [0.0, 0.05, 0.1, *(0.16 + 0.04 * i for i in range(16)), 0.9, 0.95]
-    sigmas = torch.tensor([min(float(sampling.percent_to_sigma(p)), float(sampling.sigma_max)) for p in percents] + [0.0])
+    sigmas = torch.tensor([*map(sampling.percent_to_sigma, percents), 0.0]).clamp_max(sampling.sigma_max)
     with Watch(model) as watch:
         sample(model, "svd", sigmas=sigmas)
     middle = slice(3, 3 + 16)
@@ -136,4 +136,5 @@ def test_the_log_says_which_depth_was_chosen_and_why(tiny_models, caplog):
     with caplog.at_level("INFO"):
         run(tiny_models("sd3"), "sd3", automatic())
     [line] = [record.message for record in caplog.records if "sites" in record.message]
-    assert "1 of 1 sites (stack: joint_blocks 1-2 of 3)" in line and "automatic depth: all blocks saves most of what SD3 has" in line
+    assert "1 of 1 sites (stack: joint_blocks 1-2 of 3)" in line
+    assert "automatic depth: all blocks saves most of what SD3 has" in line

@@ -71,7 +71,8 @@ def test_what_is_told_beforehand_is_what_is_held_in_the_end(tiny_models, known, 
         assert f"{kind}: " + ", ".join(f"{path} {numbers}" for path, numbers in lists.items()) in line
 
 
-@pytest.mark.parametrize("kind, kept, blocks", [("self", 2, "0-1 of 3"), ("self", 3, "0-2 of 3"), ("cross", 1, "0 of 3")])
+@pytest.mark.parametrize("kind, kept, blocks", [("self", 2, "0-1 of 3"), ("self", 3, "0-2 of 3"),
+                                                ("cross", 1, "0 of 3")])
 def test_the_blocks_that_fit_are_named(tiny_models, caplog, kind, kept, blocks):
     every = attach(tiny_models("wan"), reusing(kind))
     sample(every, "wan", sigmas=STILL)
