@@ -3,7 +3,10 @@
 It runs on a copy of the model whose tensors have a shape, a dtype and a device and nothing else: it takes no memory,
 looks at no weight, and nothing that it leaves behind can reach the host.
 """
+import functools
+import sys
 from collections import OrderedDict
+from contextlib import contextmanager
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 OTHERS = ("wrappers", "callbacks", "patches", "patches_replace", "optimized_attention_override")
 # Also of others: what is called when a module is.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+REMEMBERING = type(functools.lru_cache(lambda: None))
 
 
 class Foresight:
@@ -41,13 +45,27 @@ class Foresight:
 
         Who counts or records what tensors do does not notice.
         """
-        with _disable_current_modes(), self.mode, torch.no_grad():
+        with forgotten(), _disable_current_modes(), self.mode, torch.no_grad():
             self.model._apply_model(*self.args, None, options, **self.kwargs)
 
     def close(self):
         """Let go of everything at once: the copy knows the host's ModelPatcher, which counts who does."""
         for module in self.made.values():
             vars(module).clear()
+
+
+@contextmanager
+def forgotten():
+    """What functions of the host compute meanwhile, they do not remember (functools.lru_cache)."""
+    functions = {function for name, module in list(sys.modules.items()) if name.startswith("comfy.")
+                 for function in vars(module).values() if isinstance(function, REMEMBERING)}
+    before = {function: function.cache_info().misses for function in functions}
+    try:
+        yield
+    finally:
+        for function, misses in before.items():
+            if function.cache_info().misses > misses:
+                function.cache_clear()
 
 
 def is_hosts_own(model):

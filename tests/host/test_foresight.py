@@ -1,8 +1,10 @@
 """The plan of cached features is made and told before anything is computed, and whatever it takes harms nothing."""
+import functools
 import gc
 import weakref
 from contextlib import contextmanager
 
+import comfy.ldm.wan.model
 import comfy.model_management
 import comfy.sd
 import comfy.samplers
@@ -169,6 +171,18 @@ def test_nothing_without_numbers_stays_in_the_host(tiny_models, known, name):
     for module in model.model.modules():
         for held in (vars(module), *(v for v in vars(module).values() if isinstance(v, dict))):
             assert not any(isinstance(value, FakeTensor) for value in held.values())
+
+
+def test_what_the_hosts_functions_remember_is_real(tiny_models, monkeypatch, caplog):
+    """As LTXV's positions in newer hosts: what was computed without numbers is computed again."""
+    steps = functools.lru_cache(lambda count: torch.linspace(0.0, 1.0, count))
+    steps(3)
+    monkeypatch.setattr(comfy.ldm.wan.model, "steps", steps, raising=False)
+    own = comfy.ldm.wan.model.sinusoidal_embedding_1d
+    monkeypatch.setattr(comfy.ldm.wan.model, "sinusoidal_embedding_1d", lambda dim, at: own(dim, at) + steps(dim))
+    model = attach(tiny_models("wan"), reusing("self"))
+    planned(model, "wan", caplog, sigmas=STILL)
+    assert "REUSE" in actions(model) and not isinstance(steps(256), FakeTensor)
 
 
 def test_what_others_put_on_the_model_does_not_see_tensors_without_numbers(tiny_models):
