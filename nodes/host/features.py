@@ -55,13 +55,13 @@ class Features:
 
         args: x, t, c_concat, c_crossattn, control, transformer_options. branches: identities of the
         chunks of the batch; kept: the same, None where features are not stored. alike: False where
-        these branches are not computed as they were when their features were stored. ahead: all branches of this
-        evaluation whose features will be stored.
+        these branches are not computed as they were when their features were stored. ahead: branches of this
+        evaluation that run in other passes and whose features will be stored.
         """
         model = executor.class_obj
         network = getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)
         if self.swap is None:
-            self._start(model, network, args, kwargs, branches, ahead)
+            self._start(model, network, args, kwargs, branches, dict.fromkeys((*filter(None, kept), *ahead)))
         self._forget_changed(branches, conditions_of(model, args))
         reused = self._reusable(branches, args[5]) if alike else set()
         recorded = self.cache.worth_storing() - reused if any(kept) else set()
