@@ -38,7 +38,7 @@ STEPS, CFGS = (8, 12, 20, 30, 50), (1.0, 4.5, 9.0)
 SAMPLERS = ("euler", "dpmpp_2m", "uni_pc", "heun", "euler_ancestral", "dpmpp_2m_sde")
 SHARES = (0.27, 0.34, 0.4, 0.47, 0.54, 0.6, 0.67, 0.8, 0.94)  # of the steps, where not every count is sampled
 THRESHOLDS = {"EasyCache": (0.1, 0.2, 0.4), "LazyCache": (0.05, 0.1, 0.2, 0.3)}
-CLOSENESS = (54.0, 50.0, 46.0, 42.0, 39.0, 36.0)
+CLOSENESS = (54.0, 50.0, 46.0, 42.0, 39.0, 36.0, 33.0, 30.0)
 # The papers' methods at the papers' settings; a node that this pack does not have yet is left out.
 PUBLISHED = {"interval": 5, "tolerance": 0.0, "start_percent": 1 / 3, "forecast": "hold", "weights": "paper"}
 PAPERS = {"CFG-Cache, paper": ("FasterCacheCFG", PUBLISHED),

@@ -14,12 +14,11 @@ from .schedule import Interval, IntervalSchedule
 
 # PSNR in dB that nine of ten pictures exceed when the squared effects of their run add up to 1, by the solver
 # whose wrong steps are made good (None: they are not), see `correction`. Fitted on tuning prompts of three
-# models, at 12 to 50 steps and cfg 2 to 9. The median picture is 6 dB closer.
-REACHED = {"euler": 28.0, "dpmpp_2m": 22.0, "res_multistep": 22.0, None: 16.0}
-# Asked for less, fewer steps are better: forecasts then feed on their own errors.
-LEAST, LEAST_UNCORRECTED = 36.0, 42.0
+# models, at 12 to 50 steps and cfg 1 to 9. The median picture is 7 dB closer.
+REACHED = {"euler": 26.0, "dpmpp_2m": 22.0, "res_multistep": 22.0, None: 16.0}
+# Asked for less, fewer steps can be better: forecasts then feed on their own errors.
+LEAST, LEAST_UNCORRECTED = 30.0, 42.0
 WORSE = 3.0  # an error so many times the foreseen one is taken as no larger: it may be a single bad forecast
-ALIKE = 1  # a longer gap follows only so many gaps alike: a forecast learns from gaps of one length
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,12 @@ class AutoSettings:
     longest: the longest gap from one computed evaluation to the next."""
     closeness: float = 42.0
     window: Window = Window()
-    longest: int = 5
+    longest: int = 4
+
+
+def least(solver):
+    """The lowest closeness in dB that is worth asking for; solver: one of REACHED."""
+    return LEAST if solver else LEAST_UNCORRECTED
 
 
 class Foresight:
@@ -52,12 +56,11 @@ class Rhythm:
     def __init__(self, settings, percent_to_sigma, solver):
         """solver: one of REACHED."""
         self.schedule = IntervalSchedule(Interval(1, settings.window), percent_to_sigma)
-        wanted = max(settings.closeness, LEAST if solver else LEAST_UNCORRECTED)
+        wanted = max(settings.closeness, least(solver))
         self.allowed = 10 ** ((REACHED[solver] - wanted) / 10)  # sum of squared effects to come
         self.longest = settings.longest if solver else 2
         self.last = None  # the last computed evaluation
         self.passed, self.span = 1, 0.0  # evaluations and sigma between the last two of them
-        self.alike = 0  # gaps since the last change
         self.expected = None  # error at the end of the gap
         self.revisits = False  # the sampler comes back to a sigma, as those with two calls a step do
 
@@ -96,14 +99,9 @@ class Rhythm:
         effect = lambda gap: growth * error / self.passed * gap * (sigmas[0] - sigmas[min(gap, left)])
         fits = [gap for gap in range(2, self.longest + 1) if effect(gap) ** 2 * left / gap <= self.allowed]
         # Where a sigma was seen just before, nearly the same is computed twice: only that is skipped then.
-        self._change_to(max(fits, default=1) if again or not self.revisits else 1)
+        wanted = max(fits, default=1) if again or not self.revisits else 1
+        self.schedule.every = min(wanted, self.schedule.every + 1)
         self.expected = error / self.passed * self.schedule.every
-
-    def _change_to(self, wanted):
-        gap = self.schedule.every
-        longest = gap if gap > 1 and self.alike < ALIKE else gap + 1
-        self.schedule.every = min(wanted, longest)
-        self.alike = self.alike + 1 if self.schedule.every == gap else 0
 
 
 def foreseen(signals):

@@ -70,11 +70,15 @@ class History:
         weight for each band, None for ones; values: floats, one weight for each of the newest values, in
         place of the forecast's own.
         """
-        nodes, count, batch, *shape = self.stack.shape
-        held = self.stack.reshape(nodes * count, batch, -1).transpose(0, 1)
         weights = self._given(values) if values else self.weights(sigma)
         if bands is not None:
             weights = weights * numbers(bands, self.stack)[:, None]
+        return self.weighted(weights, onto, scale)
+
+    def weighted(self, weights, onto=None, scale=None):
+        """`onto` + `scale` * what is held, summed up with `weights` [1 or batch, bands, nodes]; see `at`."""
+        nodes, count, batch, *shape = self.stack.shape
+        held = self.stack.reshape(nodes * count, batch, -1).transpose(0, 1)
         weights = weights.mT.reshape(-1, 1, nodes * count).expand(batch, -1, -1)
         if scale is not None:
             weights = weights * scale.to(weights.dtype).reshape(-1, 1, 1)

@@ -66,11 +66,12 @@ def band_edges(settings):
 class GuidanceCache:
     """CFG-Cache during one run, for one unconditional branch."""
 
-    def __init__(self, settings, percent_to_sigma, error=None):
-        """error: what watches the forecasts, an ErrorEstimate (None: a new one) or a Foresight."""
+    def __init__(self, settings, percent_to_sigma, error=None, history=None):
+        """error: what watches the forecasts, an ErrorEstimate (None: a new one) or a Foresight; history: what
+        carries the difference forward (None: by the forecast of the settings)."""
         self.settings = settings
         self.schedule = IntervalSchedule(settings.interval, percent_to_sigma)
-        self.history = make_history(settings.forecast)
+        self.history = history or make_history(settings.forecast)
         self.edges = band_edges(settings)
         self.in_bands = settings.weights != "none" or settings.forecast == "measured"
         self.switch = float(percent_to_sigma(settings.switch))

@@ -54,7 +54,7 @@ def preset_inputs():
                                "feature_reuse says."),
         advanced(io.Float.Input("closeness", default=0.0, min=0.0, max=80.0, step=1.0,
                                 tooltip="How close the picture stays to full sampling, in dB PSNR: higher is "
-                                        "closer and slower; below 36 counts as 36. 0 = as the preset says. Not used "
+                                        "closer and slower; below 30 counts as 30. 0 = as the preset says. Not used "
                                         "by paper and none.")),
         *window_inputs(),
         *feature_inputs(),

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 
+from ...fastercache_core.auto import least
 from ...fastercache_core.clock import Clock
 from ...fastercache_core.mixing import MixSettings
 from ...fastercache_core.report import EvaluationRecord, RunReport
@@ -48,6 +49,7 @@ class CacheRun:
         facts = sampler_facts(sampler)
         self.walks_grid = facts is not None and facts.calls == 1 and not facts.noise
         self.solver = facts.solver if facts else None
+        self._note_least(sampler)
         self.started = self.evaluation_started = time.perf_counter()
         self.scopes, self.passes, self.seen, self.ahead = {}, {}, Counter(), []
         self.evaluation = self.record = self.reference = None
@@ -150,6 +152,13 @@ class CacheRun:
             self.report.note("the forecasts of this run were not good enough to skip anything: "
                              "too few steps, or too much change between them" if chosen.gate or chosen.auto else
                              "nothing was skipped: the interval, the window or the few steps left nothing to skip")
+
+    def _note_least(self, sampler):
+        """Say when a picture as far off as it may be is not to be had."""
+        auto, at_least = self.settings.auto, least(self.solver)
+        if auto and (self.settings.guidance or self.settings.jump) and auto.closeness < at_least:
+            self.report.note(f"{auto.closeness:g} dB counts as {at_least:g} dB with sampler {sampler_name(sampler)}: "
+                             "for less, plain fewer steps can be as good")
 
     def _skipped(self):
         return any({*record.actions.values()} - {Action.FULL.value} for record in self.report.evaluations)

@@ -9,6 +9,7 @@ from ...fastercache_core.guidance import GuidanceCache
 from ...fastercache_core.jump import JumpCache
 from ...fastercache_core.mixing import mix
 from ...fastercache_core.schedule import Action
+from ...fastercache_core.weighed import WeighedHistory
 from .branches import branch_is_active, fingerprint
 
 
@@ -168,7 +169,9 @@ class Scope:
 
     def _difference(self, index):
         if index not in self.differences:
-            self.differences[index] = GuidanceCache(self.settings.guidance, self.percent_to_sigma, self.watch())
+            # Whole steps are skipped only for solvers that are known: there the differences feed back most.
+            history = WeighedHistory() if self.solver else None
+            self.differences[index] = GuidanceCache(self.settings.guidance, self.percent_to_sigma, self.watch(), history)
         return self.differences[index]
 
     def _forget_if_changed(self, evaluation, conds, x):

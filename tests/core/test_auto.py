@@ -70,12 +70,9 @@ def test_the_squared_effects_add_up_to_no_more_than_the_closeness_allows(error, 
 
 
 @pytest.mark.parametrize("error", [0.02, 0.05, 0.1])
-def test_a_gap_grows_by_one_at_a_time_and_not_at_once(error):
-    found = gaps(sample(lambda _: error, 36, steps=50))
-    begun = found[next(i for i, g in enumerate(found) if g > 1):-1]
-    longer = [i for i, (a, b) in enumerate(zip(begun, begun[1:])) if b > a]
-    assert max(begun) > 2 and all(begun[i + 1] == begun[i] + 1 for i in longer)
-    assert all(later - earlier > 1 for earlier, later in zip(longer, longer[1:]))
+def test_a_gap_grows_by_one_at_a_time(error):
+    found = gaps(sample(lambda _: error, 36, steps=50))[:-1]
+    assert max(found) > 2 and all(after <= before + 1 for before, after in zip(found, found[1:]))
 
 
 def test_skipping_stops_when_forecasts_become_bad():
@@ -90,7 +87,7 @@ def test_a_bad_beginning_is_waited_for():
 
 def test_what_a_gap_really_did_counts_not_what_was_foreseen():
     jumpy = lambda ordinal: 0.05 if ordinal < 8 else 1.0 if ordinal < 11 else 0.05
-    assert cost(sample(jumpy, 42)) > cost(sample(lambda _: 0.05, 42))
+    assert cost(sample(jumpy, 50)) > cost(sample(lambda _: 0.05, 50))
 
 
 def test_uncorrected_errors_allow_less():

@@ -162,6 +162,13 @@ def test_where_forecasts_are_worth_nothing_nothing_is_skipped_and_that_is_said(t
     assert "not good enough" in last_report(model)["notes"][0]
 
 
+@pytest.mark.parametrize("sampler, told", [("uni_pc", True), ("heun", True), ("euler", False), ("dpmpp_2m", False)])
+def test_a_wish_that_this_sampler_cannot_go_down_to_is_said(tiny_models, sampler, told):
+    model = attach(tiny_models("sd3"), PRESETS["fast"](Window()))
+    sample(model, "sd3", sampler=sampler, steps=6)
+    assert any("36 dB counts as 42 dB" in note for note in last_report(model)["notes"]) == told
+
+
 def test_a_window_that_leaves_nothing_to_skip_is_said(tiny_models):
     model = attach(tiny_models("sd3"), all_methods(every=2, window=Window(1.0, 1.0)))
     sample(model, "sd3", steps=4)
