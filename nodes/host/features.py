@@ -10,7 +10,7 @@ from ...fastercache_core.report import features_text
 from ...fastercache_core.reuse import ReuseCache
 from .attention_calls import AttentionCalls, CallsDiffer
 from .families import available, find_family
-from .foresight import Foresight
+from .rehearsal import Rehearsal
 from .sites import FeatureSwap, control_of_kept_blocks
 
 # Of the memory that the host reports free beyond what it needs to sample, features may take this share.
@@ -124,23 +124,23 @@ class Features:
 
     def _start(self, model, network, args, kwargs, branches, ahead):
         """The first pass: the host has loaded the model, so what is free now is really free."""
-        patches, foresight = args[5].get("patches", {}), self._foresight(model, args, kwargs)
+        patches, rehearsal = args[5].get("patches", {}), self._rehearsal(model, args, kwargs)
         self.cache.memory.budget = budget = self._budget(model, args)
         try:
-            while (reason := self._unfit(patches, foresight, branches, ahead)) and self.depths:
+            while (reason := self._unfit(patches, rehearsal, branches, ahead)) and self.depths:
                 self._pass_over(reason)
                 self.cache.begin(*self.now)
                 self.cache.memory.budget = budget
         finally:
-            if foresight:
-                foresight.close()
+            if rehearsal:
+                rehearsal.close()
         compiled = "torch.compile" in args[5].get("wrappers", {}).get("apply_model", {})
         self.swap = self._make_swap(network, self.cache, compiled)
         self._tell()
 
-    def _unfit(self, patches, foresight, branches, ahead):
+    def _unfit(self, patches, rehearsal, branches, ahead):
         """Why the depth that is tried cannot be had as a whole; None where it can, or that is not known yet."""
-        foreseen = self._foresee(foresight, branches, ahead)
+        foreseen = self._foresee(rehearsal, branches, ahead)
         if any(is_patched(kind, patches) for kind in self.cache.schedules):
             return "patched by another node"
         return self._lacks() if foreseen else None
@@ -157,20 +157,20 @@ class Features:
         needed = model.memory_required(list(args[0].shape)) if self.device == args[0].device else 0
         return free_bytes(self.device, needed)
 
-    def _foresight(self, model, args, kwargs):
+    def _rehearsal(self, model, args, kwargs):
         """The pass that is about to run, without numbers; None where the model cannot be run so."""
         with unforeseen():
-            return Foresight(model, args, kwargs, self.family.opaque)
+            return Rehearsal(model, args, kwargs, self.family.opaque)
 
-    def _foresee(self, foresight, branches, ahead):
+    def _foresee(self, rehearsal, branches, ahead):
         """Promise room to the branches `ahead` for what a pass of `branches` would store; True if that was seen."""
         kinds = self.cache.worth_storing()
-        if foresight is None or not kinds:
+        if rehearsal is None or not kinds:
             return False
         with unforeseen():
-            swap = self._make_swap(foresight.network, Promises(self.cache, ahead))
+            swap = self._make_swap(rehearsal.network, Promises(self.cache, ahead))
             with swap.running(branches, branches, set(), kinds):
-                foresight.run(swap.options(foresight.options, set()))
+                rehearsal.run(swap.options(rehearsal.options, set()))
             return True
         self.cache.memory.promised.clear()
         return False

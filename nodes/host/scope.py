@@ -170,8 +170,8 @@ class Scope:
     def _difference(self, index):
         if index not in self.differences:
             # Whole steps are skipped only for solvers that are known: there the differences feed back most.
-            history = WeighedHistory() if self.solver else None
-            self.differences[index] = GuidanceCache(self.settings.guidance, self.percent_to_sigma, self.watch(), history)
+            self.differences[index] = GuidanceCache(self.settings.guidance, self.percent_to_sigma, self.watch(),
+                                                    WeighedHistory() if self.solver else None)
         return self.differences[index]
 
     def _forget_if_changed(self, evaluation, conds, x):

@@ -19,7 +19,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 REMEMBERING = type(functools.lru_cache(lambda: None))
 
 
-class Foresight:
+class Rehearsal:
     """A pass of a model (the host's BaseModel) that can be run without numbers.
 
     args, kwargs: as of APPLY_MODEL. opaque: class names of modules that choose by numbers what they run; what they

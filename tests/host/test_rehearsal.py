@@ -11,7 +11,7 @@ import comfy.samplers
 import pytest
 import test_families
 import torch
-from fastercache_pack.nodes.host import foresight
+from fastercache_pack.nodes.host import rehearsal
 from fastercache_pack.nodes.host.attach import attach, last_report
 from test_features import CASES, STILL, actions, relative, reusing, windowed
 from test_features_compose import Backend, compiled
@@ -111,11 +111,11 @@ def test_a_branch_with_larger_features_than_were_foreseen_stays_within_the_budge
         assert held_bytes(model) <= budget
 
 
-def without_foresight(monkeypatch, error=RuntimeError("no kernel")):
+def without_rehearsal(monkeypatch, error=RuntimeError("no kernel")):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(foresight.Foresight, "run", fail)
+    monkeypatch.setattr(rehearsal.Rehearsal, "run", fail)
 
 
 @pytest.mark.parametrize("name, sampler", [("sd15", "euler_ancestral"), ("wan", "euler"), ("ace", "dpmpp_sde"),
@@ -126,7 +126,7 @@ def test_the_picture_is_the_same_to_the_bit_with_and_without_it(tiny_models, kno
         options.update(test_families.options(name))
     ahead = attach(tiny_models(name), reusing("self", every=2))
     result = sample(ahead, name, **options)
-    without_foresight(monkeypatch)
+    without_rehearsal(monkeypatch)
     afterwards = attach(tiny_models(name), reusing("self", every=2))
     assert torch.equal(sample(afterwards, name, **options), result)
     ours, theirs = (last_report(model)["run"]["features"] for model in (ahead, afterwards))
@@ -136,7 +136,7 @@ def test_the_picture_is_the_same_to_the_bit_with_and_without_it(tiny_models, kno
 
 def test_where_the_network_cannot_run_without_numbers_the_plan_is_told_after_the_first_evaluation(
         tiny_models, monkeypatch, caplog):
-    without_foresight(monkeypatch)
+    without_rehearsal(monkeypatch)
     model = attach(tiny_models("sd3"), reusing("stack"))
     with told_before(model, caplog) as told:
         sample(model, "sd3", sigmas=STILL)
@@ -151,7 +151,7 @@ def test_who_counts_operations_does_not_count_it(tiny_models, monkeypatch):
         return counter.get_total_flops()
 
     ahead = operations()
-    without_foresight(monkeypatch)
+    without_rehearsal(monkeypatch)
     assert ahead == operations()
 
 
@@ -239,7 +239,7 @@ def test_a_compiled_network_is_not_compiled_for_it(tiny_models, monkeypatch):
         return backend.graphs, result
 
     ahead = graphs(tiny_models("flux"))
-    without_foresight(monkeypatch)
+    without_rehearsal(monkeypatch)
     later = graphs(tiny_models("flux"))
     assert ahead[0] == later[0] and torch.equal(ahead[1], later[1])
 
