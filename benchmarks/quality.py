@@ -2,6 +2,7 @@
 
     python dev.py bench quality                                   # 30 Euler steps, cfg 4.5, in some minutes
     python dev.py bench quality --bed unet wan --steps 20 50 --cfg 9 --sampler heun --pictures 8
+    python dev.py bench quality --batch 1 --only automatic preset 'fewer steps'
     python dev.py bench quality --node 'LazyCache:reuse_threshold=0.3,start_percent=0.1'
     python dev.py bench quality --all                             # everything, every step count
 
@@ -228,8 +229,9 @@ def lpips_weights():
 def sample_setting(bench, cells, setting, arguments, bar):
     """{Method: cells, one a batch} for one setting."""
     prompts = bench.bed.prompts(arguments.prompts)[:arguments.pictures]
-    batches = [prompts[i:i + BATCH] for i in range(0, len(prompts), BATCH)]
-    ways = [FULL, *methods(setting, bench.host, arguments)]
+    batches = [prompts[i:i + arguments.batch] for i in range(0, len(prompts), arguments.batch)]
+    wanted = arguments.only or COLOURS
+    ways = [FULL, *(method for method in methods(setting, bench.host, arguments) if method.kind in wanted)]
     bar.reset(len(ways) * len(batches))
     return {method: [measure(bench, cells, setting, method, batch, SEED + i, bar, arguments.flops)
                      for i, batch in enumerate(batches)] for method in ways}
@@ -334,6 +336,8 @@ def parse(words=None):
     parser.add_argument("--sampler", nargs="+")
     parser.add_argument("--prompts", choices=("tuning", "report"), default="report")
     parser.add_argument("--pictures", type=int, default=24, help="at most so many prompts")
+    parser.add_argument("--batch", type=int, default=BATCH, help="pictures sampled, and decided for, together")
+    parser.add_argument("--only", nargs="+", choices=COLOURS, metavar="KIND", help="methods: " + ", ".join(COLOURS))
     parser.add_argument("--node", action="append", default=[], metavar="'NodeId:input=value,...'",
                         help="one more node of the host to measure, may be repeated")
     parser.add_argument("--flops", action="store_true", help="count operations too, in a second run of each")

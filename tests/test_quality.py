@@ -103,6 +103,15 @@ def test_a_whole_setting_is_sampled_with_nodes_and_their_inputs_and_summarised(t
     assert bench.sampled == ["full", "full", "45 dB", "45 dB"]  # eight pictures, then three
 
 
+def test_pictures_may_be_sampled_one_by_one_and_by_some_methods_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "methods", lambda *_: [Method("automatic", "45 dB"), Method("fewer steps", "9 steps")])
+    bench, words = Bench({"45 dB": 0.1}), ["--pictures", "3", "--batch", "1", "--only", "automatic"]
+    bench.host, bench.bed = None, quality.BEDS["mmdit"]
+    results = quality.sample_setting(bench, Cells(tmp_path), SETTING, parse(words), Bar())
+    assert [method.name for method in results] == ["full", "45 dB"]
+    assert bench.sampled == ["full"] * 3 + ["45 dB"] * 3
+
+
 def test_a_line_cut_short_by_an_interruption_loses_only_itself(tmp_path):
     cells = Cells(tmp_path)
     cells.add("a", {"rows": 1})
