@@ -10,7 +10,6 @@ from ...fastercache_core.report import features_text
 from ...fastercache_core.reuse import ReuseCache
 from .attention_calls import AttentionCalls, CallsDiffer
 from .families import available, find_family
-from .rehearsal import Rehearsal
 from .sites import FeatureSwap, control_of_kept_blocks
 
 # Of the memory that the host reports free beyond what it needs to sample, features may take this share.
@@ -160,6 +159,7 @@ class Features:
     def _rehearsal(self, model, args, kwargs):
         """The pass that is about to run, without numbers; None where the model cannot be run so."""
         with unforeseen():
+            from .rehearsal import Rehearsal  # builds on inner parts of torch, which another version may lack
             return Rehearsal(model, args, kwargs, self.family.opaque)
 
     def _foresee(self, rehearsal, branches, ahead):

@@ -1,6 +1,7 @@
 """The plan of cached features is made and told before anything is computed, and whatever it takes harms nothing."""
 import functools
 import gc
+import sys
 import weakref
 from contextlib import contextmanager
 
@@ -142,6 +143,14 @@ def test_where_the_network_cannot_run_without_numbers_the_plan_is_told_after_the
         sample(model, "sd3", sigmas=STILL)
     assert told[0] == [] and len(told[-1]) == 1 and "REUSE" in actions(model)
     assert not [record for record in caplog.records if "foreseen" in record.getMessage()], "only for those who debug"
+
+
+def test_a_torch_without_what_it_needs_costs_nothing_but_the_plan_beforehand(tiny_models, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, rehearsal.__name__, None)  # importing it fails
+    model = attach(tiny_models("sd3"), reusing("stack"))
+    with told_before(model, caplog) as told:
+        sample(model, "sd3", sigmas=STILL)
+    assert told[0] == [] and len(told[-1]) == 1 and "REUSE" in actions(model)
 
 
 def test_who_counts_operations_does_not_count_it(tiny_models, monkeypatch):
