@@ -188,11 +188,13 @@ SPECS = {
         ctx=(20, 48), lat=(64, 32)),
 }
 
-# Configuration keys that only some host versions know, with the value that makes them inert.
+# Configuration keys that only some host versions know, with the value that the host gives such a model.
 VERSIONED = {
     "flux": (comfy.ldm.flux.model.FluxParams, {"txt_ids_dims": []}),
+    "flux2": (comfy.ldm.flux.model.FluxParams, {"txt_ids_dims": [3]}),
     "chroma": (comfy.ldm.chroma.model.ChromaParams, {"txt_ids_dims": [], "vec_in_dim": None}),
     "hunyuan": (comfy.ldm.hunyuan_video.model.HunyuanVideoParams, {"txt_ids_dims": [], "meanflow_sum": False}),
+    "hunyuan15": (comfy.ldm.hunyuan_video.model.HunyuanVideoParams, {"txt_ids_dims": [], "meanflow_sum": True}),
     "lumina2": (comfy.ldm.lumina.model.NextDiT, {}),
 }
 
@@ -240,10 +242,10 @@ def _config(name):
     config = dict(SPECS[name]["cfg"])
     if name not in VERSIONED:
         return config
-    owner, inert = VERSIONED[name]
+    owner, further = VERSIONED[name]
     known = ({f.name for f in dataclasses.fields(owner)} if dataclasses.is_dataclass(owner)
              else set(inspect.signature(owner.__init__).parameters))
-    return {key: value for key, value in {**inert, **config}.items() if key in known | {"image_model"}}
+    return {key: value for key, value in {**further, **config}.items() if key in known | {"image_model"}}
 
 
 def _random_weights(network, seed):
