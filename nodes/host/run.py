@@ -158,7 +158,7 @@ class CacheRun:
         auto, at_least = self.settings.auto, least(self.solver)
         if auto and (self.settings.guidance or self.settings.jump) and auto.closeness < at_least:
             self.report.note(f"{auto.closeness:g} dB counts as {at_least:g} dB with sampler {sampler_name(sampler)}: "
-                             "for less, plain fewer steps can be as good")
+                             "below that, its forecasts are not reliable")
 
     def _skipped(self):
         return any({*record.actions.values()} - {Action.FULL.value} for record in self.report.evaluations)

@@ -169,7 +169,7 @@ class Scope:
 
     def _difference(self, index):
         if index not in self.differences:
-            # Whole steps are skipped only for solvers that are known: there the differences feed back most.
+            # Where only the negative pass is estimated, every second time at most, the measured forecast was closer.
             self.differences[index] = GuidanceCache(self.settings.guidance, self.percent_to_sigma, self.watch(),
                                                     WeighedHistory() if self.solver else None)
         return self.differences[index]
