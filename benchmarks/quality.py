@@ -7,7 +7,8 @@
     python dev.py bench quality --all                             # everything, every step count
 
 Methods: fewer steps; the host's EasyCache and LazyCache; the papers' methods at the papers' settings;
-every preset of FasterCache; its automatic mode, by the closeness asked for; nodes named by --node.
+every preset of FasterCache; its automatic mode, by the closeness asked for; with --flops the same with
+features among its actions; nodes named by --node. Cost is network rows, with --flops counted operations.
 What is finished is kept in output/quality/cells.jsonl and not sampled again. Writes summary.json and
 frontier.png there and prints a table.
 """
@@ -45,9 +46,9 @@ PUBLISHED = {"interval": 5, "tolerance": 0.0, "start_percent": 1 / 3, "forecast"
 PAPERS = {"CFG-Cache, paper": ("FasterCacheCFG", PUBLISHED),
           "CFG-Cache, released code": ("FasterCacheCFG", PUBLISHED | {"weights": "released"}),
           "FRDiff": ("FasterCacheFRDiff", {})}
-OURS, CONTROLS = ("automatic", "preset"), ("fewer steps", "LazyCache", "EasyCache")
+OURS, CONTROLS = ("automatic", "with features", "preset"), ("fewer steps", "LazyCache", "EasyCache")
 COLOURS = {"fewer steps": "black", "LazyCache": "tab:blue", "EasyCache": "tab:cyan", "paper": "tab:orange",
-           "preset": "tab:purple", "automatic": "tab:green", "node": "tab:red"}
+           "preset": "tab:purple", "automatic": "tab:green", "with features": "tab:olive", "node": "tab:red"}
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,17 @@ def methods(setting, host, arguments):
             kind = "paper" if preset == "paper" else "preset"
             found.append(Method(kind, f"FasterCache {preset}", (("FasterCache", {"preset": preset}),)))
     if "closeness" in declared:
-        found += [Method("automatic", f"{d:g} dB", (("FasterCache", {"closeness": d}),), asked=d) for d in CLOSENESS]
+        found += [automatic("automatic", closeness) for closeness in CLOSENESS]
+        # A row with features from the cache costs less than a row.
+        found += [automatic("with features", closeness, feature_reuse="measured") for closeness in CLOSENESS
+                  if arguments.flops]
     return found + [Method("node", text, (named_node(text),)) for text in arguments.node]
+
+
+def automatic(kind, closeness, **inputs):
+    """The automatic mode, asked for a closeness in dB."""
+    name = f"{closeness:g} dB{', features' if inputs else ''}"
+    return Method(kind, name, (("FasterCache", {"closeness": closeness, **inputs}),), asked=closeness)
 
 
 def inputs_of(host, kind):
@@ -253,8 +263,9 @@ def summarise(setting, results):
 def entry(method, cells, full):
     """One method of the summary, over all batches; full: the cells of full sampling."""
     together = lambda key: None if cells[0][key] is None else list(itertools.chain(*(c[key] for c in cells)))
-    found = {"kind": method.kind, "name": method.name, "cost": share(cells, full, "rows"),
-             "flops_cost": share(cells, full, "flops"), "seconds": sum(c["seconds"] for c in cells)}
+    rows, flops = share(cells, full, "rows"), share(cells, full, "flops")
+    found = {"kind": method.kind, "name": method.name, "cost": rows if flops is None else flops, "rows_cost": rows,
+             "flops_cost": flops, "seconds": sum(c["seconds"] for c in cells)}
     for key in ("psnr", "ssim", "lpips", "frames"):
         values = together(key)
         if values is not None:
@@ -319,7 +330,7 @@ def draw(summaries, path):
             if points:
                 panel.plot(*zip(*points), "o", color=colour, ms=4)
                 panel.plot(*zip(*frontier(points)), color=colour, lw=1.2)
-        panel.set(title=summary["title"], xlabel="cost (network rows)", ylabel="PSNR to full sampling, dB")
+        panel.set(title=summary["title"], xlabel="cost", ylabel="PSNR to full sampling, dB")
         panel.grid(alpha=0.3)
     handles = [plt.Line2D([], [], color=colour, marker="o", label=kind) for kind, colour in COLOURS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)

@@ -6,7 +6,7 @@ step still applies (FasterCache; PAB, arXiv 2408.12588, with an interval for eac
 what a run of blocks adds to its input (Delta-DiT, arXiv 2406.01125); the deep part of a UNet
 (DeepCache, CVPR 2024); ResBlock halves and transformer branches (FRDiff, arXiv 2312.03517).
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -43,6 +43,12 @@ class ReuseSettings:
     w: float = 0.5
     storage: StorageSettings = StorageSettings()
     depths: tuple = ()
+
+    def within(self, evaluations):
+        """The same, with features of any age below so many evaluations."""
+        every = lambda intervals: {kind: replace(interval, every=evaluations) for kind, interval in intervals.items()}
+        return replace(self, intervals=every(self.intervals),
+                       depths=tuple((name, every(intervals)) for name, intervals in self.depths))
 
 
 def reuse_weight(settings, progress, started_at):
@@ -119,11 +125,11 @@ class ReuseCache:
         self.due = set()
 
     def begin(self, evaluation, wanted=None):
-        """Decide once per evaluation which kinds of sites may be skipped: by `wanted`, None for the intervals."""
+        """Decide which kinds of sites may be skipped: by the intervals, or if `wanted` all inside their windows."""
         self.evaluation = evaluation
         self._forget_useless()
         self.due = {kind for kind, schedule in self.schedules.items()
-                    if (schedule.may_skip(evaluation) if wanted is None else wanted)}
+                    if (schedule.may_skip(evaluation) if wanted is None else wanted and schedule.inside(evaluation))}
         if self.due and self.started_at is None:
             self.started_at = evaluation.progress
 

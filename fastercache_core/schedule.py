@@ -34,10 +34,13 @@ class IntervalSchedule:
 
     def may_skip(self, evaluation):
         """True when the interval allows `evaluation` to be skipped."""
-        inside = self.low <= evaluation.sigma <= self.high
-        if self.computed_at is None or evaluation.is_last or not inside:
+        if self.computed_at is None or evaluation.is_last or not self.inside(evaluation):
             return False
         return evaluation.ordinal - self.computed_at < self.every
+
+    def inside(self, evaluation):
+        """True when `evaluation` lies in the interval's window."""
+        return self.low <= evaluation.sigma <= self.high
 
     def computed(self, evaluation):
         """Note that the quantity was computed at `evaluation`."""

@@ -62,7 +62,7 @@ class Features:
         if self.swap is None:
             self._start(model, network, args, kwargs, branches, dict.fromkeys((*filter(None, kept), *ahead)))
         self._forget_changed(branches, conditions_of(model, args))
-        reused = self._reusable(branches, args[5]) if alike else set()
+        reused = self.reusable(branches, args[5]) if alike else set()
         recorded = self.cache.worth_storing() - reused if any(kept) else set()
         self.cache.begin_record(kept, recorded)
         prepared = (*args[:4], control_for(args[4], network, reused), self.swap.options(args[5], reused), *args[6:])
@@ -175,8 +175,9 @@ class Features:
         self.cache.memory.promised.clear()
         return False
 
-    def _reusable(self, branches, options):
-        reused = self.cache.reusable(branches)
+    def reusable(self, branches, options):
+        """Kinds of features that `branches` can reuse now; options: the transformer's."""
+        reused = self.cache.reusable(branches) if branches else set()
         for kind in [kind for kind in reused if is_patched(kind, options.get("patches", {}))]:
             reused.discard(kind)
             self._note(f"a patch of another node works on the inside of {kind} features: they are computed every time")

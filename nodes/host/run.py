@@ -7,7 +7,9 @@ import time
 from collections import Counter
 from dataclasses import replace
 
-from ...fastercache_core.auto import least
+from comfy.patcher_extension import WrappersMP
+
+from ...fastercache_core.auto import LONGEST_REUSE, least
 from ...fastercache_core.clock import Clock
 from ...fastercache_core.mixing import MixSettings
 from ...fastercache_core.report import EvaluationRecord, RunReport
@@ -49,11 +51,12 @@ class CacheRun:
         facts = sampler_facts(sampler)
         self.walks_grid = facts is not None and facts.calls == 1 and not facts.noise
         self.solver = facts.solver if facts else None
-        self._note_least(sampler)
+        self._ask_enough(facts, sampler)
         self.started = self.evaluation_started = time.perf_counter()
         self.scopes, self.passes, self.seen, self.ahead = {}, {}, Counter(), []
         self.evaluation = self.record = self.reference = None
-        self.reused, self.full_rows, self.guided, self.alone = set(), 0, False, False
+        self.reused, self.kinds, self.trial, self.trials = set(), set(), False, 0
+        self.full_rows, self.guided, self.alone = 0, False, False
 
     def begin(self, timestep):
         """A new evaluation starts; timestep: [batch] sigmas."""
@@ -86,15 +89,17 @@ class CacheRun:
         if reference is None:
             self.report.note("the positive conditioning of this guider was not found: nothing is skipped")
             return run_branches(conds)
-        self.reference, self.reused = reference, set()
+        self.reference = reference
         window = window_of(model_options["transformer_options"])
         self.ahead = keys_ahead(conds, window, x.shape, self.evaluation.sigma)
         scope = self._scope(window)
         space = self.space(self.model_sampling, timestep, x)
 
-        def run_chosen(chosen):
+        def run_chosen(chosen, reuse=None, trial=False):
             self.alone = not any(c for i, c in enumerate(chosen) if i != reference)
-            return run_branches(chosen), bool(self.reused)
+            if not self._begin_passes(reuse, trial, model_options["transformer_options"]):
+                return None, set()
+            return run_branches(chosen), self.kinds
 
         outputs, actions = scope.evaluate(self.evaluation, run_chosen, conds, reference, x, space, self.planned)
         self.guided |= len(actions) > 1
@@ -108,21 +113,22 @@ class CacheRun:
 
         args: x, t, c_concat, c_crossattn, control, transformer_options.
         """
-        self.record.rows += args[0].shape[0]
+        self.record.rows += 0 if self.trial else args[0].shape[0]
         window = window_of(args[5])
         if self.features is None or self.passes.get(window) != 1:
             return executor(*args, **kwargs)
         branches = branch_keys(args[5], window, args[0].shape, self.seen)
         # A difference is only worth keeping between branches computed alike, however the host batches them;
         # features of a branch that is mostly estimated would go stale before they are of use.
-        together = self.plan or not self.settings.guidance
+        together = self.plan or self.settings.auto or not self.settings.guidance
         alike = self.alone or together
-        is_kept = lambda branch: together or branch[1] == self.reference
+        is_kept = lambda branch: not self.trial and (together or branch[1] == self.reference)
         kept = [branch if is_kept(branch) else None for branch in branches]
         output, reused = self.features.run(executor, args, kwargs, branches, kept, alike,
                                            [branch for branch in self.ahead if is_kept(branch)])
         if reused:
             self.reused.update(branch[1] for branch in branches)
+            self.kinds |= reused
         return output
 
     def close(self):
@@ -133,6 +139,17 @@ class CacheRun:
         self._explain()
         self.report.seconds = time.perf_counter() - self.started
         self.scopes, self.features, self.guider = {}, None, None
+
+    def _begin_passes(self, reuse, trial, options):
+        """Begin to run branches, see Scope.evaluate; False where nothing can be tried."""
+        self.reused, self.kinds, self.trial = set(), set(), trial
+        if self.features and reuse is not None:
+            self.seen = Counter()
+            self.features.begin(self.evaluation, reuse)
+            if trial and not self.features.reusable(self.ahead, options):
+                return False
+        self.trials += trial
+        return True
 
     def _sigma(self, timestep):
         """The sigma as a float, without waiting for the device where the sampler's next one is known."""
@@ -149,14 +166,24 @@ class CacheRun:
                              "node runs it by itself")
         able = chosen.jump or chosen.reuse or (chosen.guidance and self.guided)
         if able and not self._skipped():
-            self.report.note("the forecasts of this run were not good enough to skip anything: "
-                             "too few steps, or too much change between them" if chosen.gate or chosen.auto else
-                             "nothing was skipped: the interval, the window or the few steps left nothing to skip")
+            self.report.note(self._why_nothing())
 
-    def _note_least(self, sampler):
-        """Say when a picture as far off as it may be is not to be had."""
-        auto, at_least = self.settings.auto, least(self.solver)
-        if auto and (self.settings.guidance or self.settings.jump) and auto.closeness < at_least:
+    def _why_nothing(self):
+        """Why nothing was skipped although something could have been."""
+        chosen = self.settings
+        if not (chosen.gate or chosen.auto):
+            return "nothing was skipped: the interval, the window or the few steps left nothing to skip"
+        more = "; feature_reuse may still find something to save" if chosen.auto and not self.features else ""
+        return ("the forecasts of this run were not good enough to skip anything: too few steps, or too much "
+                f"change between them{more}")
+
+    def _ask_enough(self, facts, sampler):
+        """Ask for no less than is to be had, and say when that is more than was asked for."""
+        auto, at_least = self.settings.auto, least(self.solver, bool(facts and facts.noise))
+        if auto is None or auto.closeness >= at_least:
+            return
+        self.settings = replace(self.settings, auto=replace(auto, closeness=at_least))
+        if self.settings.guidance or self.settings.jump:
             self.report.note(f"{auto.closeness:g} dB counts as {at_least:g} dB with sampler {sampler_name(sampler)}: "
                              "below that, its forecasts are not reliable")
 
@@ -169,14 +196,16 @@ class CacheRun:
             del self.scopes[key]
         if window not in self.scopes:
             percent_to_sigma = self.model_sampling.percent_to_sigma
-            self.scopes[window] = Scope(self.settings, percent_to_sigma, guidance_scale(self.guider), self.solver)
+            self.scopes[window] = Scope(self.settings, percent_to_sigma, guidance_scale(self.guider), self.solver,
+                                        is_compiled(self.guider.model_patcher))
         return self.scopes[window]
 
     def _features(self):
         """What reuses features in this run, None when nothing does."""
         if self.settings.reuse is None or (self.plan and not self.plan.reuses):
             return None
-        return Features(self.settings.reuse, self.guider.model_patcher, self.model_sampling.percent_to_sigma)
+        reuse = self.settings.reuse.within(LONGEST_REUSE + 1) if self.settings.auto else self.settings.reuse
+        return Features(reuse, self.guider.model_patcher, self.model_sampling.percent_to_sigma)
 
     def _close_features(self):
         """Hand the memory back, and tell what was kept in it."""
@@ -185,6 +214,18 @@ class CacheRun:
             self.report.note(reason)
         if not plan["sites"]:
             self.settings = replace(self.settings, reuse=None)
+        elif self.settings.auto:
+            self._tell_trials()
+
+    def _tell_trials(self):
+        """Say what the automatic mode made of the features that it had."""
+        if self.trials:
+            self.report.note(f"features were tried beside {self.trials} computed evaluations: these ran twice, the "
+                             "second time with features from the cache")
+        if not any(Action.REUSE in record.actions.values() for record in self.report.evaluations):
+            self.report.note("features were kept but not reused: " + (
+                "with them the picture would not be as close as asked for" if self.trials else
+                "whole steps were skipped instead, or there were too few steps to try them"))
 
     def _note_action(self, name, action):
         # Windows of one evaluation may differ; the one that ran most is told.
@@ -202,6 +243,12 @@ class CacheRun:
             self.report.note_memory([*self.scopes.values(), *([self.features] if self.features else [])])
         self.record = None
         self.evaluation_started = now
+
+
+def is_compiled(model):
+    """True when torch.compile is at work in a MODEL (ModelPatcher), by the host's node or as another node's patch."""
+    wrapped = model.wrappers.get(WrappersMP.APPLY_MODEL, {}).get("torch.compile")
+    return bool(wrapped) or any(hasattr(patch, "_orig_mod") for patch in model.object_patches.values())
 
 
 def guidance_scale(guider):

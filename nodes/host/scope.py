@@ -4,11 +4,12 @@ A run has one scope, or one per context window of a long video.
 """
 from ...fastercache_core.auto import Foresight, Rhythm
 from ...fastercache_core.correction import Correction
-from ...fastercache_core.gate import ErrorEstimate, Gate
+from ...fastercache_core.gate import ErrorEstimate, Gate, rms
 from ...fastercache_core.guidance import GuidanceCache
 from ...fastercache_core.jump import JumpCache
 from ...fastercache_core.mixing import mix
 from ...fastercache_core.schedule import Action
+from ...fastercache_core.trial import Trial
 from ...fastercache_core.weighed import WeighedHistory
 from .branches import branch_is_active, fingerprint
 
@@ -16,15 +17,17 @@ from .branches import branch_is_active, fingerprint
 class Scope:
     """Outputs and differences of one region, kept across the evaluations of a run."""
 
-    def __init__(self, settings, percent_to_sigma, guidance_scale, solver=None):
+    def __init__(self, settings, percent_to_sigma, guidance_scale, solver=None, late=False):
         """guidance_scale: the guider's cfg, by which errors of differences are multiplied; solver: the
-        sampler's, if it is one whose wrong steps the automatic mode can make good, see `correction`.
+        sampler's, if it is one whose wrong steps the automatic mode can make good, see `correction`; late: never
+        let the host wait for the device, see Reading.
         """
         self.settings = settings
         self.measures = bool(settings.gate or settings.auto)
         self.solver = solver if settings.auto else None
         self.corrections = {}
-        self.rhythm = Rhythm(settings.auto, percent_to_sigma, solver) if settings.auto else None
+        self.rhythm = Rhythm(settings.auto, percent_to_sigma, solver, late) if settings.auto else None
+        self.trial = Trial() if settings.auto and settings.reuse else None
         self.guidance_scale = guidance_scale
         self.percent_to_sigma = percent_to_sigma
         self.watch = Foresight if settings.auto else ErrorEstimate
@@ -37,23 +40,26 @@ class Scope:
     def evaluate(self, evaluation, run_branches, conds, reference, x, space, planned=None):
         """Denoised outputs of all branches and the action of each, dict index -> Action.
 
-        run_branches(conds) runs the network for a list of conditionings (None: not run) and tells
-        whether features were reused. reference: index of the branch that the others are estimated
-        from. x: the latent [batch, ...]. space: the OutputSpace of this evaluation. planned: the
-        Step that a plan wants, None to choose by intervals and gates.
+        run_branches(conds, reuse, trial) runs the network for a list of conditionings (None: not run) and tells
+        which kinds of features were reused; reuse: whether they shall be, None to go by intervals or plan;
+        trial: leave no trace, and run nothing where features cannot be reused. reference: index of the branch
+        that the others are estimated from. x: the latent [batch, ...]. space: the OutputSpace of this
+        evaluation. planned: the Step that a plan wants, None to choose by intervals and gates.
         """
         self.used_at = evaluation.ordinal
         self._forget_if_changed(evaluation, conds, x)
         active = [i for i, branch in enumerate(conds) if branch_is_active(branch, evaluation.sigma)]
         others = [i for i in active if i != reference]
         action = self._choose(evaluation, reference in active, others, planned)
-        if action in (Action.FULL, Action.MIX):
-            outputs, reused = run_branches(conds)
+        if action in (Action.FULL, Action.REUSE, Action.MIX):
+            outputs, reused = self._run(action, evaluation, run_branches, conds, reference, others, x, space)
             if action == Action.MIX and reused:
                 outputs = self._mix(outputs, planned, evaluation, reference, others, x, space)
+            elif action == Action.REUSE and reused:
+                self.rhythm.reused()
             else:
                 action = Action.FULL
-            if not (planned and reused):
+            if not (reused and (planned or action == Action.REUSE)):
                 self._observe(evaluation, outputs, reference, active, space, x)
         else:
             outputs = self._fill(action, evaluation, run_branches, conds, reference, others, x, space, planned)
@@ -66,8 +72,9 @@ class Scope:
 
     def reset(self):
         """Forget everything, so that the next evaluation is full."""
-        for method in [*self._methods(), *([self.rhythm] if self.rhythm else [])]:
-            method.reset()
+        for part in (*self._methods(), self.rhythm, self.trial):
+            if part:
+                part.reset()
         self.corrections.clear()
 
     def tensors(self):
@@ -93,11 +100,14 @@ class Scope:
         return Action.FULL
 
     def _in_rhythm(self, evaluation, known):
-        """The action of the automatic mode: JUMP, or ESTIMATE where this sampler allows no JUMP."""
+        """The action of the automatic mode: JUMP, ESTIMATE where this sampler allows no JUMP, or REUSE."""
         methods = [*([self.jump] if self.jump else []), *known]
-        if not methods or not all(m and len(m.history.nodes) > 1 for m in methods):
+        if not (methods or self.trial) or not all(m and len(m.history.nodes) > 1 for m in methods):
             return Action.FULL
-        if not self.rhythm.may_skip(evaluation, [m.error for m in methods]):
+        skips = self.rhythm.may_skip(evaluation, [m.error for m in methods], self.trial)
+        if self.rhythm.may_reuse(evaluation):
+            return Action.REUSE
+        if not skips:
             return Action.FULL
         return Action.JUMP if self.jump else Action.ESTIMATE
 
@@ -112,12 +122,34 @@ class Scope:
             return action
         return Action.FULL
 
+    def _run(self, action, evaluation, run_branches, conds, reference, others, x, space):
+        """Denoised outputs of all branches by the network, and the kinds of features that were reused for them."""
+        if self.trial is None:
+            return run_branches(conds)
+        tried = ()
+        if action == Action.FULL and self.rhythm.wants_trial() and self.trial.due(evaluation):
+            outputs, tried = run_branches(conds, reuse=True, trial=True)
+        true, reused = run_branches(conds, reuse=action == Action.REUSE)
+        if tried:
+            error = self._wrong(outputs, true, reference, others, x, space)
+            self.trial.observe(evaluation, error, evaluation.ordinal - self.rhythm.last.ordinal, tried)
+        return true, reused
+
+    def _wrong(self, outputs, true, reference, others, x, space):
+        """Relative error of the latent's slope by denoised `outputs` in place of `true` ones, [batch]."""
+        error = rms(space.difference(outputs[reference], true[reference]))
+        for i in others:
+            change = (outputs[i] - outputs[reference]) - (true[i] - true[reference])
+            error = error + rms(change / space.scale) * abs(self.guidance_scale - 1)
+        return error * space.unit(x)
+
     def _fill(self, action, evaluation, run_branches, conds, reference, others, x, space, planned):
         if action == Action.JUMP:
             values = planned.cond if planned else ()
             cond = space.denoised(self.jump.cond(evaluation, values).to(x.dtype))
         else:
-            outputs, _ = run_branches([c if i == reference else None for i, c in enumerate(conds)])
+            alone = [c if i == reference else None for i, c in enumerate(conds)]
+            outputs, _ = run_branches(alone, reuse=False if self.trial else None)
             cond = outputs[reference]
             if not planned:
                 self._observe_reference(evaluation, cond, space, x)
@@ -135,6 +167,8 @@ class Scope:
             correction = self.corrections.setdefault(i, Correction(self.solver))
             if method and action == Action.FULL:
                 shifts[i] = correction.settle(evaluation, method.history, space.scale)
+            elif action == Action.REUSE:
+                shifts[i] = correction.keep(evaluation, space.scale)
             elif method:
                 signal = space.output(cond) if i == reference else space.difference(outputs[i], cond)
                 shifts[i] = correction.forecast(evaluation, signal, space.scale)

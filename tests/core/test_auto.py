@@ -4,24 +4,34 @@ from itertools import accumulate
 import pytest
 import torch
 
-from fastercache_core.auto import LEAST, LEAST_UNCORRECTED, REACHED, AutoSettings, Foresight, Rhythm, foreseen
+from fastercache_core import reading as reading_module
+from fastercache_core.auto import (LEAST, LEAST_NOISY, LEAST_UNCORRECTED, LONGEST_REUSE, REACHED, AutoSettings,
+                                   Foresight, Rhythm, least)
 from fastercache_core.clock import Clock, Window
 from fastercache_core.measured import make_history
+from fastercache_core.reading import Reading
+from fastercache_core.trial import DEEP, LATER, Trial
 
 STEPS = 30
 
 
-def sample(error, closeness=42.0, solver="euler", steps=STEPS, **settings):
-    """Which evaluations of a run with even sigmas are skipped, as "F" and "-".
+def sample(error, closeness=42.0, solver="euler", steps=STEPS, late=False, trial=None, **settings):
+    """Which evaluations of a run with even sigmas are skipped, as "F" and "-"; "R" where features are reused.
 
-    error(ordinal): of the latent's slope, by a forecast for the next evaluation; it grows with the gap.
+    error(ordinal): of the latent's slope, by a forecast for the next evaluation, a float or one for each picture;
+    it grows with the gap. None: nothing can be forecast.
     """
-    rhythm = Rhythm(AutoSettings(closeness, **settings), lambda percent: 1 - percent, solver)
+    rhythm = Rhythm(AutoSettings(closeness, **settings), lambda percent: 1 - percent, solver, late)
     clock, done = Clock([1 - i / steps for i in range(steps + 1)]), ""
     for ordinal in range(steps):
         evaluation = clock.tick(1 - ordinal / steps)
         gap = len(done) - done.rfind("F", 0, -1) - 1 if "F" in done[:-1] else 1
-        if ordinal > 1 and rhythm.may_skip(evaluation, [watched(error(ordinal) * gap)]):
+        signals = [watched(torch.tensor(error(ordinal)) * gap)] if error else []
+        skips = ordinal > 1 and rhythm.may_skip(evaluation, signals, trial)
+        if ordinal > 1 and rhythm.may_reuse(evaluation):
+            rhythm.reused()
+            done += "R"
+        elif skips:
             done += "-"
         else:
             rhythm.computed(evaluation)
@@ -29,11 +39,18 @@ def sample(error, closeness=42.0, solver="euler", steps=STEPS, **settings):
     return done
 
 
-def watched(*errors):
-    """A Foresight that has seen these errors, one for each picture."""
+def watched(errors):
+    """A Foresight that has seen these errors [batch]."""
     signal = Foresight()
-    signal.error = torch.tensor(errors)
+    signal.error = errors.reshape(-1)
     return signal
+
+
+def tried(error, kinds=frozenset(DEEP)):
+    """A Trial of features that gave this error for each evaluation of their age."""
+    trial = Trial()
+    trial.error, trial.deep = torch.tensor([error]), kinds <= DEEP
+    return trial
 
 
 def gaps(done):
@@ -57,8 +74,8 @@ def test_what_cannot_be_reached_by_skipping_is_sampled_in_full():
 
 
 def test_less_than_forecasts_are_good_for_is_not_asked_of_them():
-    assert sample(lambda _: 0.5, 10) == sample(lambda _: 0.5, LEAST)
-    assert sample(lambda _: 0.5, 10, solver=None) == sample(lambda _: 0.5, LEAST_UNCORRECTED, solver=None)
+    assert least("euler") == least("dpmpp_2m") == LEAST
+    assert least(None, noise=True) == LEAST_NOISY < LEAST_UNCORRECTED == least(None)
 
 
 @pytest.mark.parametrize("closeness", [35, 40, 45, 50, 55])
@@ -100,7 +117,7 @@ def test_of_two_calls_a_step_the_one_at_a_sigma_seen_before_is_skipped():
     calls, skipped = [sigmas[0], *(s for s in sigmas[1:] for _ in range(2))], []
     for number, sigma in enumerate(calls):
         evaluation = clock.tick(sigma)
-        if number > 1 and rhythm.may_skip(evaluation, [watched(0.01)]):
+        if number > 1 and rhythm.may_skip(evaluation, [watched(torch.tensor(0.01))]):
             skipped.append(number)
         else:
             rhythm.computed(evaluation)
@@ -114,8 +131,15 @@ def test_outside_the_window_and_at_the_end_nothing_is_skipped():
 
 
 def test_a_batch_counts_as_a_whole_and_signals_add_up():
-    assert foreseen([watched(0.3, 0.4)]) == pytest.approx((0.125) ** 0.5)
-    assert foreseen([watched(0.1, 0.2), watched(0.2, 0.2)]) == pytest.approx(0.125 ** 0.5)
+    for closeness in (36, 42, 50):
+        assert sample(lambda _: (0.03, 0.04), closeness) == sample(lambda _: 0.00125 ** 0.5, closeness)
+    together, clock = [watched(torch.tensor(e)) for e in ((0.01, 0.02), (0.02, 0.02))], Clock([1.0, 0.9, 0.8, 0.7])
+    rhythms = [Rhythm(AutoSettings(42), lambda percent: 1 - percent, "euler") for _ in range(2)]
+    first, second = clock.tick(1.0), clock.tick(0.9)
+    for rhythm, signals in zip(rhythms, (together, [watched(torch.tensor((0.03, 0.04)))])):
+        rhythm.computed(first)
+        rhythm.may_skip(second, signals)
+    assert rhythms[0].gap.expected == pytest.approx(rhythms[1].gap.expected)
 
 
 def test_the_device_is_read_once_for_each_gap():
@@ -159,3 +183,89 @@ def test_no_more_is_spent_than_allowed_where_errors_grow_from_gap_to_gap(growth,
     lengths = gaps(sample(error, closeness))
     spent = sum((error(end) * gap * gap / STEPS) ** 2 for gap, end in zip(lengths, accumulate(lengths)) if gap > 1)
     assert max(lengths) > 3 and spent <= 10 ** ((REACHED["euler"] - closeness) / 10)
+
+
+@pytest.mark.parametrize("solver", ["euler", None])
+def test_where_forecasts_are_bad_good_features_are_reused(solver):
+    done = sample(lambda _: 5.0, 36, solver, trial=tried(0.02))
+    assert "-" not in done and done.count("R") > STEPS / 3 and "R" * LONGEST_REUSE not in done
+    assert sample(None, 36, solver, trial=tried(0.02)) == done, "also where nothing can be forecast at all"
+
+
+def test_bad_features_are_not_reused():
+    assert sample(lambda _: 5.0, 42, trial=tried(5.0)) == "F" * STEPS
+    assert sample(lambda _: 5.0, 42, trial=Trial()) == "F" * STEPS, "nor what was never tried"
+
+
+def test_a_step_that_may_be_skipped_is_skipped_whatever_features_are_worth():
+    assert sample(lambda _: 0.02, 36, trial=tried(1e-6)) == sample(lambda _: 0.02, 36)
+
+
+def test_deep_features_are_reused_rather_than_only_the_negative_pass_skipped():
+    skipping = sample(lambda _: 0.01, 42, solver=None)
+    assert "-" in skipping
+    assert "-" not in sample(lambda _: 0.01, 42, solver=None, trial=tried(0.01))
+    assert sample(lambda _: 0.01, 42, solver=None, trial=tried(0.01, {"self"})) == skipping
+
+
+def test_the_closer_the_picture_must_be_the_fewer_features_are_reused():
+    counts = [sample(None, closeness, None, trial=tried(0.03)).count("R") for closeness in (36, 42, 48, 54)]
+    assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
+
+
+def test_what_features_did_is_taken_from_what_is_left():
+    """An error that is not made good counts as it does where nothing is made good."""
+    def left(solver):
+        rhythm = Rhythm(AutoSettings(30), lambda percent: 1 - percent, solver)
+        before, clock = rhythm.allowed, Clock([1 - i / 10 for i in range(11)])
+        for ordinal in range(4):
+            evaluation = clock.tick(1 - ordinal / 10)
+            if ordinal:
+                rhythm.may_skip(evaluation, [], tried(0.1))
+            if ordinal == 1:
+                assert rhythm.may_reuse(evaluation)
+                rhythm.reused()
+            else:
+                rhythm.computed(evaluation)
+        return rhythm.allowed / before
+
+    assert left("euler") == pytest.approx(left(None)) and left(None) < 1.0
+
+
+def test_features_are_tried_more_and_more_seldom():
+    trial, clock, at = Trial(), Clock([1 - i / 50 for i in range(51)]), []
+    for ordinal in range(50):
+        evaluation = clock.tick(1 - ordinal / 50)
+        if trial.due(evaluation):
+            at.append(ordinal)
+            trial.observe(evaluation, torch.tensor([0.2]), 2, {"stack"})
+    assert at == [0, LATER, LATER + LATER ** 2, LATER + LATER ** 2 + LATER ** 3]
+    assert trial.error.item() == pytest.approx(0.1) and trial.deep, "of one evaluation of age"
+    trial.observe(evaluation, torch.tensor([0.2]), 1, {"stack", "self"})
+    assert not trial.deep
+
+
+def test_beside_a_compiled_model_it_is_decided_by_what_was_known_a_gap_ago():
+    early = lambda ordinal: 0.05 if ordinal < 15 else 5.0
+    assert "-" in sample(early, 42, late=True)[:15] and "-" not in sample(early, 42, late=True)[22:]
+    assert sample(early, 42, late=True) != sample(early, 42)
+    known = sample(lambda _: 0.02, 42)
+    assert 0 < sample(lambda _: 0.02, 42, late=True).count("F") - known.count("F") <= 3, "and begins that much later"
+
+
+def test_the_newest_numbers_are_not_waited_for_beside_a_compiled_model(monkeypatch):
+    reading, waited = Reading(late=True), []
+
+    class Arrival:
+        def __init__(self, value):
+            self.value = value
+
+        def synchronize(self):
+            waited.append(self.value)
+
+    monkeypatch.setattr(reading_module, "begin_copy", lambda numbers: (numbers, Arrival(numbers.item())))
+    assert reading.read(torch.tensor([1.0]), "first") == (None, None) and not waited
+    assert reading.read(torch.tensor([2.0]), "second") == ([1.0], "first") and waited == [1.0]
+    reading.reset()
+    assert reading.read(torch.tensor([3.0]), "third") == (None, None) and waited == [1.0]
+    assert Reading().read(torch.tensor([4.0]), "now") == ([4.0], "now")

@@ -4,11 +4,13 @@ import logging
 import comfy.samplers
 import pytest
 import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_easycache import EasyCacheNode
 from fastercache_pack.fastercache_core.clock import Window
 from fastercache_pack.fastercache_core.gate import GateSettings
 from fastercache_pack.fastercache_core.guidance import GuidanceSettings
 from fastercache_pack.fastercache_core.jump import JumpSettings
+from fastercache_pack.fastercache_core.reading import Reading
 from fastercache_pack.fastercache_core.reuse import ReuseSettings
 from fastercache_pack.fastercache_core.schedule import Interval
 from fastercache_pack.fastercache_core.settings import CacheSettings
@@ -167,6 +169,22 @@ def test_a_wish_that_this_sampler_cannot_go_down_to_is_said(tiny_models, sampler
     model = attach(tiny_models("sd3"), PRESETS["fast"](Window()))
     sample(model, "sd3", sampler=sampler, steps=6)
     assert any("36 dB counts as 42 dB" in note for note in last_report(model)["notes"]) == told
+
+
+@pytest.mark.parametrize("order", ["plain", "compile first", "compile last"])
+def test_beside_torch_compile_the_host_never_waits_for_what_was_just_computed(tiny_models, monkeypatch, order):
+    read, late = Reading.read, []
+    monkeypatch.setattr(Reading, "read", lambda self, *about: late.append(self.late) or read(self, *about))
+    settings, model = PRESETS["fast"](Window()), tiny_models("sd3")
+    model = attach(compiled(model) if order == "compile first" else model, settings)
+    model = compiled(model) if order == "compile last" else model
+    sample(model, "sd3", steps=12)
+    assert late and set(late) == {order != "plain"} and totals(model)["cost"] < 1.0
+
+
+def compiled(model):
+    set_torch_compile_wrapper(model, backend="eager")
+    return model
 
 
 def test_a_window_that_leaves_nothing_to_skip_is_said(tiny_models):
