@@ -7,8 +7,8 @@
     python dev.py bench quality --all                             # everything, every step count
 
 Methods: fewer steps; the host's EasyCache and LazyCache; the papers' methods at the papers' settings;
-every preset of FasterCache; its automatic mode, by the closeness asked for; with --flops the same with
-features among its actions; nodes named by --node. Cost is network rows, with --flops counted operations.
+every preset of FasterCache; its automatic mode, by the closeness asked for, without and with features among
+its actions; nodes named by --node. Cost is network rows; counted operations where features are reused.
 What is finished is kept in output/quality/cells.jsonl and not sampled again. Writes summary.json and
 frontier.png there and prints a table.
 """
@@ -41,6 +41,7 @@ SAMPLERS = ("euler", "dpmpp_2m", "uni_pc", "heun", "euler_ancestral", "dpmpp_2m_
 SHARES = (0.27, 0.34, 0.4, 0.47, 0.54, 0.6, 0.67, 0.8, 0.94)  # of the steps, where not every count is sampled
 THRESHOLDS = {"EasyCache": (0.1, 0.2, 0.4), "LazyCache": (0.05, 0.1, 0.2, 0.3)}
 CLOSENESS = (54.0, 50.0, 46.0, 42.0, 39.0, 36.0, 33.0, 30.0)
+WITH_FEATURES = (50.0, 46.0, 42.0, 39.0, 36.0)
 # The papers' methods at the papers' settings; a node that this pack does not have yet is left out.
 PUBLISHED = {"interval": 5, "tolerance": 0.0, "start_percent": 1 / 3, "forecast": "hold", "weights": "paper"}
 PAPERS = {"CFG-Cache, paper": ("FasterCacheCFG", PUBLISHED),
@@ -132,9 +133,7 @@ def methods(setting, host, arguments):
             found.append(Method(kind, f"FasterCache {preset}", (("FasterCache", {"preset": preset}),)))
     if "closeness" in declared:
         found += [automatic("automatic", closeness) for closeness in CLOSENESS]
-        # A row with features from the cache costs less than a row.
-        found += [automatic("with features", closeness, feature_reuse="measured") for closeness in CLOSENESS
-                  if arguments.flops]
+        found += [automatic("with features", d, feature_reuse="measured") for d in WITH_FEATURES]
     return found + [Method("node", text, (named_node(text),)) for text in arguments.node]
 
 
@@ -243,8 +242,13 @@ def sample_setting(bench, cells, setting, arguments, bar):
     wanted = arguments.only or COLOURS
     ways = [FULL, *(method for method in methods(setting, bench.host, arguments) if method.kind in wanted)]
     bar.reset(len(ways) * len(batches))
-    return {method: [measure(bench, cells, setting, method, batch, SEED + i, bar, arguments.flops)
+    return {method: [measure(bench, cells, setting, method, batch, SEED + i, bar, arguments.flops or counted(method))
                      for i, batch in enumerate(batches)] for method in ways}
+
+
+def counted(method):
+    """True where rows do not tell the cost: one with features from the cache costs less than a row."""
+    return method.kind in ("full", "paper", "with features")
 
 
 def summarise(setting, results):
