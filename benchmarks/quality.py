@@ -47,6 +47,7 @@ PUBLISHED = {"interval": 5, "tolerance": 0.0, "start_percent": 1 / 3, "forecast"
 PAPERS = {"CFG-Cache, paper": ("FasterCacheCFG", PUBLISHED),
           "CFG-Cache, released code": ("FasterCacheCFG", PUBLISHED | {"weights": "released"}),
           "FRDiff": ("FasterCacheFRDiff", {})}
+REUSING = ("paper", "with features")  # kinds whose rows cost less than a row: their operations are counted
 OURS, CONTROLS = ("automatic", "with features", "preset"), ("fewer steps", "LazyCache", "EasyCache")
 COLOURS = {"fewer steps": "black", "LazyCache": "tab:blue", "EasyCache": "tab:cyan", "paper": "tab:orange",
            "preset": "tab:purple", "automatic": "tab:green", "with features": "tab:olive", "node": "tab:red"}
@@ -242,13 +243,10 @@ def sample_setting(bench, cells, setting, arguments, bar):
     wanted = arguments.only or COLOURS
     ways = [FULL, *(method for method in methods(setting, bench.host, arguments) if method.kind in wanted)]
     bar.reset(len(ways) * len(batches))
-    return {method: [measure(bench, cells, setting, method, batch, SEED + i, bar, arguments.flops or counted(method))
+    counted = {method for method in ways if arguments.flops or method.kind in REUSING}
+    counted |= {FULL} if counted else set()
+    return {method: [measure(bench, cells, setting, method, batch, SEED + i, bar, method in counted)
                      for i, batch in enumerate(batches)] for method in ways}
-
-
-def counted(method):
-    """True where rows do not tell the cost: one with features from the cache costs less than a row."""
-    return method.kind in ("full", "paper", "with features")
 
 
 def summarise(setting, results):

@@ -112,6 +112,17 @@ def test_pictures_may_be_sampled_one_by_one_and_by_some_methods_only(tmp_path, m
     assert bench.sampled == ["full"] * 3 + ["45 dB"] * 3
 
 
+def test_operations_are_counted_where_rows_do_not_tell_the_cost(tmp_path, monkeypatch):
+    found = [Method("with features", "45 dB, features"), Method("automatic", "45 dB")]
+    monkeypatch.setattr(quality, "methods", lambda *_: found)
+    monkeypatch.setattr(quality, "count_flops", lambda bench, run, *_: 300 if "features" in run.name else 1000)
+    bench = Bench({"45 dB": 0.1, "45 dB, features": 0.1})
+    bench.host, bench.bed = None, quality.BEDS["mmdit"]
+    results = quality.sample_setting(bench, Cells(tmp_path), SETTING, parse(["--pictures", "3"]), Bar())
+    _, reused, ours = summarise(SETTING, results)["runs"]
+    assert (reused["cost"], reused["rows_cost"]) == (0.3, 1.0) and (ours["cost"], ours["flops_cost"]) == (1.0, None)
+
+
 def test_a_line_cut_short_by_an_interruption_loses_only_itself(tmp_path):
     cells = Cells(tmp_path)
     cells.add("a", {"rows": 1})
