@@ -77,9 +77,7 @@ class Rhythm:
         self.schedule = IntervalSchedule(Interval(1, settings.window), percent_to_sigma)
         self.reuse = IntervalSchedule(Interval(1, settings.window), percent_to_sigma)
         self.reading = Reading(late)
-        self.solver = solver
         self.allowed = 10 ** ((REACHED[solver] - settings.closeness) / 10)  # sum of squared effects to come
-        self.uncorrected = 10 ** ((REACHED[solver] - REACHED[None]) / 20)  # what an error counts that is not made good
         self.longest = settings.longest if solver else 2
         self.last = None  # the last computed evaluation
         self.gap = Gap()  # the one before it, or that is now
@@ -98,10 +96,6 @@ class Rhythm:
     def may_reuse(self, evaluation):
         """True when features may be reused at `evaluation`; ask after `may_skip`."""
         return self.reuse.may_skip(evaluation)
-
-    def wants_trial(self):
-        """True when it may help to know what reused features are worth: nothing better can be had now."""
-        return self.last is not None and (self.schedule.every == 1 or not self.solver)
 
     def reused(self):
         """Note that features were reused in this gap."""
@@ -140,13 +134,12 @@ class Rhythm:
 
     def _choose(self, evaluation, gap, error, aged, deep):
         """Set the gap that begins with the last computed evaluation, by what `_read` gave."""
-        aged = aged and aged * self.uncorrected
         if gap.passed > 1:
             self.allowed -= ((aged * gap.passed if gap.reused else error) * gap.span) ** 2
         sigmas = [self.last.sigma, evaluation.sigma, *evaluation.following]
         self._choose_skipping(gap, error, sigmas)
         # Skipping the negative pass saves half of what skipping a step does, and less than deep features do.
-        better = self.schedule.every == 1 or (deep and not self.solver)
+        better = self.schedule.every == 1 or deep
         self.reuse.every = self._longest(aged, LONGEST_REUSE, sigmas) if better else 1
         longest = max(self.schedule.every, self.reuse.every)
         self.gap = Gap(expected=error and error / gap.passed * longest)

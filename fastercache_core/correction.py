@@ -64,11 +64,6 @@ class Correction:
         self.skipped.append(Skipped(evaluation, forecast, scale, weight))
         return self._add(evaluation, self._echo(weight, before), scale)
 
-    def keep(self, evaluation, scale):
-        """What to add to a value of the signal that is taken as it is at `evaluation`: [batch, ...] or None."""
-        weight, before = self._weights(evaluation)
-        return self._add(evaluation, self._echo(weight, before), scale)
-
     def settle(self, evaluation, history, scale):
         """What to add to the signal's value at `evaluation`, which `history` knows already: [batch, ...] or None."""
         weight, before = self._weights(evaluation)

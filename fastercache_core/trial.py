@@ -1,7 +1,7 @@
 """What reused features are worth: now and then a computed evaluation is run once more with them."""
-# The second trial comes so many evaluations after the first, and each one after as many times later again: each
-# costs what the reused pass does, and errors change slowly.
-LATER = 3
+# The second trial comes so many evaluations after the first, and the waits grow by that factor: a trial costs what
+# a reused pass does, and errors change slowly.
+WAIT, LATER = 6, 3
 # Kinds of features that leave out more than half of a pass, see `nodes.host.families.KINDS`.
 DEEP = {"stack", "deep"}
 
@@ -14,7 +14,7 @@ class Trial:
 
     def reset(self):
         """Forget everything, so that the next trial is due at once."""
-        self.wait, self.next = LATER, 0
+        self.wait, self.next = WAIT, 0
         self.error = None   # [batch], of a feature one evaluation old, None before anything was tried
         self.deep = False   # more than half of the pass was left out
 

@@ -43,8 +43,9 @@ def feature_inputs():
     return [
         advanced(io.Combo.Input("feature_reuse", options=list(FORECASTS), default="as preset",
                                 tooltip="Parts of the network from the cache: with none at every second step, with "
-                                        "exact-looking, balanced and fast where no step can be skipped and the "
-                                        "picture stays as close as wanted. as preset = only "
+                                        "exact-looking, balanced and fast with samplers that let no step be "
+                                        "skipped (those that add noise, for example), as far as the picture "
+                                        "stays as close as wanted. as preset = only "
                                         "with paper, measured = continued as they were seen to move, spaced = "
                                         "by their last change, as far as the noise level goes, constant = by "
                                         "half of it, linear = with the paper's growing weight, hold = as they "

@@ -45,13 +45,13 @@ class CacheRun:
         self.plan, self.planned = make_plan(self.settings, self.guider, sampler, sigmas.tolist(), shape), None
         for note in self.plan.notes if self.plan else ():
             self.report.note(note)
-        self.features = self._features()
-        self.space = SlopeSpace if isinstance(self.settings.plan, MixSettings) else OutputSpace
-        self.clock = Clock(sigmas.tolist())
         facts = sampler_facts(sampler)
         self.walks_grid = facts is not None and facts.calls == 1 and not facts.noise
         self.solver = facts.solver if facts else None
-        self._ask_enough(facts, sampler)
+        self._fit_settings(facts, sampler_name(sampler))
+        self.features = self._features()
+        self.space = SlopeSpace if isinstance(self.settings.plan, MixSettings) else OutputSpace
+        self.clock = Clock(sigmas.tolist())
         self.started = self.evaluation_started = time.perf_counter()
         self.scopes, self.passes, self.seen, self.ahead = {}, {}, Counter(), []
         self.evaluation = self.record = self.reference = None
@@ -173,19 +173,26 @@ class CacheRun:
         chosen = self.settings
         if not (chosen.gate or chosen.auto):
             return "nothing was skipped: the interval, the window or the few steps left nothing to skip"
-        more = "; feature_reuse may still find something to save" if chosen.auto and not self.features else ""
+        left = chosen.auto and not (self.solver or self.features)
+        more = "; feature_reuse may still find something to save" if left else ""
         return ("the forecasts of this run were not good enough to skip anything: too few steps, or too much "
                 f"change between them{more}")
 
-    def _ask_enough(self, facts, sampler):
-        """Ask for no less than is to be had, and say when that is more than was asked for."""
-        auto, at_least = self.settings.auto, least(self.solver, bool(facts and facts.noise))
-        if auto is None or auto.closeness >= at_least:
-            return
-        self.settings = replace(self.settings, auto=replace(auto, closeness=at_least))
-        if self.settings.guidance or self.settings.jump:
-            self.report.note(f"{auto.closeness:g} dB counts as {at_least:g} dB with sampler {sampler_name(sampler)}: "
-                             "below that, its forecasts are not reliable")
+    def _fit_settings(self, facts, sampler):
+        """Have the automatic mode ask for no less than is to be had, and reuse features only where that helps.
+
+        facts: SamplerFacts of the `sampler` of this name, or None.
+        """
+        chosen, at_least = self.settings, least(self.solver, bool(facts and facts.noise))
+        if chosen.auto and chosen.auto.closeness < at_least:
+            self.settings = replace(chosen, auto=replace(chosen.auto, closeness=at_least))
+            if chosen.guidance or chosen.jump:
+                self.report.note(f"{chosen.auto.closeness:g} dB counts as {at_least:g} dB with sampler {sampler}: "
+                                 "below that, its forecasts are not reliable")
+        if chosen.auto and self.solver and chosen.reuse:
+            self.settings = replace(self.settings, reuse=None)
+            self.report.note(f"with sampler {sampler} whole steps are skipped, which was closer at the same cost than "
+                             "reused features: none are kept")
 
     def _skipped(self):
         return any({*record.actions.values()} - {Action.FULL.value} for record in self.report.evaluations)
@@ -225,7 +232,7 @@ class CacheRun:
         if not any(Action.REUSE in record.actions.values() for record in self.report.evaluations):
             self.report.note("features were kept but not reused: " + (
                 "with them the picture would not be as close as asked for" if self.trials else
-                "whole steps were skipped instead, or there were too few steps to try them"))
+                "there were too few steps to try them"))
 
     def _note_action(self, name, action):
         # Windows of one evaluation may differ; the one that ran most is told.

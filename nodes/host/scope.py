@@ -127,7 +127,7 @@ class Scope:
         if self.trial is None:
             return run_branches(conds)
         tried = ()
-        if action == Action.FULL and self.rhythm.wants_trial() and self.trial.due(evaluation):
+        if action == Action.FULL and self.rhythm.last is not None and self.trial.due(evaluation):
             outputs, tried = run_branches(conds, reuse=True, trial=True)
         true, reused = run_branches(conds, reuse=action == Action.REUSE)
         if tried:
@@ -167,8 +167,6 @@ class Scope:
             correction = self.corrections.setdefault(i, Correction(self.solver))
             if method and action == Action.FULL:
                 shifts[i] = correction.settle(evaluation, method.history, space.scale)
-            elif action == Action.REUSE:
-                shifts[i] = correction.keep(evaluation, space.scale)
             elif method:
                 signal = space.output(cond) if i == reference else space.difference(outputs[i], cond)
                 shifts[i] = correction.forecast(evaluation, signal, space.scale)
