@@ -12,8 +12,6 @@ from .measured import MeasuredHistory
 # Of the fading seen from one computed value to the next, a forecast takes on this part: what merely
 # changed looks like fading, too.
 FADES = 0.5
-# Both are compared where the gap ends. Within it a polynomial is wrong by less still, so its squared error counts half.
-NEARER = 0.5
 LEAST = 1e-3  # so much of a value is left at least, where the next one was computed
 TINY = 1e-12
 
@@ -59,7 +57,7 @@ class WeighedHistory(MeasuredHistory):
     def _weigh(self, sigma, true):
         """Compare both forecasts with `true` [batch, ...] for the share of the measured one, [batch, 1, 1]."""
         fading, measured = (self._wrong(weights, true) for weights in (self._fading(sigma), super().weights(sigma)))
-        self.share = (fading / (fading + NEARER * measured).clamp_min(TINY))[:, None, None]
+        self.share = (fading / (fading + measured).clamp_min(TINY))[:, None, None]
 
     def _wrong(self, weights, true):
         """Sum of squared errors of a forecast by `weights`, [batch]."""
