@@ -2,7 +2,7 @@
 
 Cost is counted FLOPs, because a row with features from the cache is cheaper than a full one. Beside
 each run stand the fewest plain steps that are not cheaper. Further runs keep the features in smaller
-dtypes, put them beside skipped steps, and skip steps alone; at last `measured` and `hold` are timed
+dtypes, or skip steps instead; at last `measured` and `hold` are timed
 in turn. `--bed` chooses the models. Writes output/features/BED.json, prints the tables, and draws
 docs/images/feature_depths.png of every bed that has a summary: what comes closest at every cost, and
 which depth gains most within every memory budget.
@@ -39,9 +39,9 @@ PICTURE = ROOT / "docs" / "images" / "feature_depths.png"
 OUTPUT = ROOT / "output" / "features"
 
 
-def reuse(depth, forecast="measured", preset="none", dtype="native", start=0.0, name=None):
+def reuse(depth, forecast="measured", dtype="native", start=0.0, name=None):
     """A run of FasterCache that reuses features."""
-    inputs = {"preset": preset, "feature_reuse": forecast, "reuse_depth": depth, "memory_dtype": dtype,
+    inputs = {"preset": "none", "feature_reuse": forecast, "reuse_depth": depth, "memory_dtype": dtype,
               "start_percent": start}
     return Run(name or f"{depth}, {forecast}", (("FasterCache", inputs),))
 
@@ -59,7 +59,6 @@ def runs_of(bed):
         *(reuse(depth, "hold", start=LATE, name=f"{depth}, hold, later") for depth in depths),
         reuse(depths[-1], dtype="fp16", name=f"{depths[-1]}, measured, fp16"),
         *(reuse(depth, dtype="fp8", name=f"{depth}, measured, fp8") for depth in depths),
-        reuse(depths[-1], preset="exact-looking", name=f"exact-looking + {depths[-1]}"),
         *map(steps_skipped, CLOSENESS),
     ]
 
@@ -77,16 +76,14 @@ def sample_all(bench, runs, batches):
 def cost_of(bench, run, results, batches):
     """FLOPs of a run as a share of full sampling's.
 
-    Without feature reuse they go with the rows. With it they are counted: on one picture, for a schedule
-    that does not look at the pictures, else on all.
+    Without feature reuse they go with the rows. With it they are counted, on one picture: the schedule
+    does not look at pictures.
     """
     inputs = run.nodes[0][1]
     if "feature_reuse" not in inputs:
         return sum(r.rows for r in results[run.name]) / sum(r.rows for r in results["full"])
-    seen = [batches[0][:1]] if inputs["preset"] == "none" else batches
-    full, mine = (sum(count_flops(bench, which, prompts, SEED + i) for i, prompts in enumerate(some))
-                  for which, some in ((Run("full"), seen[:1]), (run, seen)))
-    return mine / full / len(seen)
+    full, mine = (count_flops(bench, which, batches[0][:1], SEED) for which in (Run("full"), run))
+    return mine / full
 
 
 def count_flops(bench, run, prompts, seed):
