@@ -90,7 +90,8 @@ def painted(unet):
 
 def test_with_a_sampler_that_adds_noise_features_save_more_than_the_negative_pass_does(painted):
     full, (alone, skipped), (both, reused), (passes, middles) = painted
-    assert counts(both)["REUSE"] >= 8 and decibels(reused, full).min() > 38
+    close = decibels(reused, full)
+    assert counts(both)["REUSE"] >= 4 and close.mean() > 42 and close.min() > 36
     assert 2 * middles < counts(alone)["FULL"] * 2 + counts(alone)["ESTIMATE"], "the middle runs for fewer rows"
 
 
