@@ -67,7 +67,9 @@ def short_line(report):
     """What was skipped, short enough to stand on a node; from a report's JSON data."""
     totals = report["totals"]
     counts = ", ".join(f"{n} {action}" for action, n in sorted(totals["evaluations"].items()))
-    return f"{totals['cost']:.0%} of the network rows run ({counts or 'no evaluation'})"
+    reused = sum(n for action, n in totals["evaluations"].items() if "REUSE" in action or action == "MIX")
+    partly = f", in part at {reused} of {sum(totals['evaluations'].values())} evaluations" if reused else ""
+    return f"{totals['cost']:.0%} of the network rows run{partly} ({counts or 'no evaluation'})"
 
 
 def summary_line(report):

@@ -33,7 +33,8 @@ def test_report_is_json_with_its_version_first_and_each_reason_once():
 
 def test_lines_for_people_say_what_was_skipped_and_why_not_more():
     data = report().as_dict()
-    assert short_line(data) == "50% of the network rows run (1 ESTIMATE+REUSE, 1 FULL, 1 JUMP)"
+    assert short_line(data) == ("50% of the network rows run, in part at 1 of 3 evaluations "
+                                "(1 ESTIMATE+REUSE, 1 FULL, 1 JUMP)")
     assert "3 of 6 rows" in summary_line(data) and "because" in summary_line(data)
     assert full_text(data).count("\n") == 5
 
