@@ -114,7 +114,8 @@ class Rhythm:
         """Forget the past, so that the next evaluation is computed."""
         for part in (self.schedule, self.reuse, self.reading):
             part.reset()
-        self.schedule.every, self.last, self.gap = 1, None, Gap()
+        self.schedule.every = self.reuse.every = 1
+        self.last, self.gap = None, Gap()
 
     def _read(self, signals, trial):
         """A Gap, and what is known since its end: error of the latent's slope by the forecasts of all signals, that by
@@ -134,8 +135,9 @@ class Rhythm:
 
     def _choose(self, evaluation, gap, error, aged, deep):
         """Set the gap that begins with the last computed evaluation, by what `_read` gave."""
-        if gap.passed > 1:
-            self.allowed -= ((aged * gap.passed if gap.reused else error) * gap.span) ** 2
+        wrong = aged * gap.passed if gap.reused else error
+        if gap.passed > 1 and wrong is not None:  # a window of a long video may have been away
+            self.allowed -= (wrong * gap.span) ** 2
         sigmas = [self.last.sigma, evaluation.sigma, *evaluation.following]
         self._choose_skipping(gap, error, sigmas)
         # Skipping the negative pass saves half of what skipping a step does, and less than deep features do.

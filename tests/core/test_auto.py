@@ -222,6 +222,28 @@ def test_what_features_did_is_taken_from_what_is_left():
     assert before - rhythm.allowed == pytest.approx((0.1 * 2 * 0.2) ** 2, rel=1e-3), "two evaluations old, over 0.2"
 
 
+def test_a_window_that_was_away_spent_nothing_where_nothing_can_be_forecast():
+    rhythm = Rhythm(AutoSettings(36), lambda percent: 1 - percent, None)
+    before, clock = rhythm.allowed, Clock([1 - i / 10 for i in range(11)])
+    for ordinal in range(6):
+        evaluation = clock.tick(1 - ordinal / 10)
+        if ordinal in (0, 3, 4):
+            rhythm.may_skip(evaluation, [], Trial())
+            rhythm.computed(evaluation)
+    assert rhythm.allowed == before
+
+
+def test_after_a_change_nothing_is_reused_by_what_was_known_before():
+    rhythm, clock = Rhythm(AutoSettings(36), lambda percent: 1 - percent, None), Clock([1 - i / 10 for i in range(11)])
+    first, second, third, fourth = (clock.tick(1 - i / 10) for i in range(4))
+    rhythm.computed(first)
+    rhythm.may_skip(second, [], tried(0.01))
+    assert rhythm.may_reuse(second)
+    rhythm.reset()
+    rhythm.computed(third)
+    assert not rhythm.may_reuse(fourth)
+
+
 def test_features_are_tried_more_and_more_seldom():
     trial, clock, at = Trial(), Clock([1 - i / 50 for i in range(51)]), []
     for ordinal in range(50):
