@@ -227,8 +227,8 @@ class CacheRun:
     def _tell_trials(self):
         """Say what the automatic mode made of the features that it had."""
         if self.trials:
-            self.report.note(f"features were tried beside {self.trials} computed evaluations: these ran twice, the "
-                             "second time with features from the cache")
+            self.report.note(f"features were tried {self.trials} times, by running what was computed once more with "
+                             "features from the cache")
         if not any(Action.REUSE in record.actions.values() for record in self.report.evaluations):
             self.report.note("features were kept but not reused: " + (
                 "with them the picture would not be as close as asked for" if self.trials else

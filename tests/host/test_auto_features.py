@@ -65,8 +65,8 @@ def counts(model):
 
 
 def trials(model):
-    told = [note for note in last_report(model)["notes"] if "tried beside" in note]
-    return int(told[0].split("tried beside ")[1].split()[0]) if told else 0
+    told = [note for note in last_report(model)["notes"] if "were tried" in note]
+    return int(told[0].split("were tried ")[1].split()[0]) if told else 0
 
 
 @pytest.fixture(scope="module")
