@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import comfy.model_management as host_memory
 import torch
+from comfy.patcher_extension import WrappersMP
 
 from ...fastercache_core.report import features_text
 from ...fastercache_core.reuse import ReuseCache
@@ -28,7 +29,7 @@ class Features:
     def __init__(self, settings, model, percent_to_sigma):
         network = model.model.diffusion_model
         self.family = find_family(getattr(network, "_orig_mod", network))
-        self.settings, self.percent_to_sigma = settings, percent_to_sigma
+        self.settings, self.percent_to_sigma, self.compiled = settings, percent_to_sigma, is_compiled(model)
         self.device = torch.device(settings.storage.device or model.load_device)
         self.notes = [] if self.family.known else [unknown(self.family)]
         choices = [(name, *available(self.family, intervals)) for name, intervals in settings.depths]
@@ -133,8 +134,7 @@ class Features:
         finally:
             if rehearsal:
                 rehearsal.close()
-        compiled = "torch.compile" in args[5].get("wrappers", {}).get("apply_model", {})
-        self.swap = self._make_swap(network, self.cache, compiled)
+        self.swap = self._make_swap(network, self.cache, self.compiled)
         self._tell()
 
     def _unfit(self, patches, rehearsal, branches, ahead):
@@ -253,6 +253,12 @@ class Promises:
     def store(self, site, branches, feature, axis=0):
         """Promise room to every branch for a slice of a `feature` of as many `branches`."""
         self.cache.promise(site, self.ahead, feature, len(branches), axis)
+
+
+def is_compiled(model):
+    """True when torch.compile is at work in a MODEL (ModelPatcher), by the host's node or as another node's patch."""
+    wrapped = model.wrappers.get(WrappersMP.APPLY_MODEL, {}).get("torch.compile")
+    return bool(wrapped) or any(hasattr(patch, "_orig_mod") for patch in model.object_patches.values())
 
 
 @contextmanager

@@ -7,15 +7,13 @@ import time
 from collections import Counter
 from dataclasses import replace
 
-from comfy.patcher_extension import WrappersMP
-
 from ...fastercache_core.auto import LONGEST_REUSE, least
 from ...fastercache_core.clock import Clock
 from ...fastercache_core.mixing import MixSettings
 from ...fastercache_core.report import EvaluationRecord, RunReport
 from ...fastercache_core.schedule import Action
 from .branches import branch_keys, branch_name, keys_ahead, reference_branch, window_of
-from .features import Features
+from .features import Features, is_compiled
 from .output_space import OutputSpace, SlopeSpace
 from .plans import REUSING, make_plan
 from .refusals import refusals
@@ -55,7 +53,7 @@ class CacheRun:
         self.started = self.evaluation_started = time.perf_counter()
         self.scopes, self.passes, self.seen, self.ahead = {}, {}, Counter(), []
         self.evaluation = self.record = self.reference = None
-        self.reused, self.kinds, self.trial, self.trials = set(), set(), False, 0
+        self.reused, self.kinds, self.trying, self.trials = set(), set(), False, 0
         self.full_rows, self.guided, self.alone = 0, False, False
 
     def begin(self, timestep):
@@ -113,7 +111,7 @@ class CacheRun:
 
         args: x, t, c_concat, c_crossattn, control, transformer_options.
         """
-        self.record.rows += 0 if self.trial else args[0].shape[0]
+        self.record.rows += 0 if self.trying else args[0].shape[0]
         window = window_of(args[5])
         if self.features is None or self.passes.get(window) != 1:
             return executor(*args, **kwargs)
@@ -122,7 +120,7 @@ class CacheRun:
         # features of a branch that is mostly estimated would go stale before they are of use.
         together = self.plan or self.settings.auto or not self.settings.guidance
         alike = self.alone or together
-        is_kept = lambda branch: not self.trial and (together or branch[1] == self.reference)
+        is_kept = lambda branch: not self.trying and (together or branch[1] == self.reference)
         kept = [branch if is_kept(branch) else None for branch in branches]
         output, reused = self.features.run(executor, args, kwargs, branches, kept, alike,
                                            [branch for branch in self.ahead if is_kept(branch)])
@@ -142,7 +140,7 @@ class CacheRun:
 
     def _begin_passes(self, reuse, trial, options):
         """Begin to run branches, see Scope.evaluate; False where nothing can be tried."""
-        self.reused, self.kinds, self.trial = set(), set(), trial
+        self.reused, self.kinds, self.trying = set(), set(), trial
         if self.features and reuse is not None:
             self.seen = Counter()
             self.features.begin(self.evaluation, reuse)
@@ -250,12 +248,6 @@ class CacheRun:
             self.report.note_memory([*self.scopes.values(), *([self.features] if self.features else [])])
         self.record = None
         self.evaluation_started = now
-
-
-def is_compiled(model):
-    """True when torch.compile is at work in a MODEL (ModelPatcher), by the host's node or as another node's patch."""
-    wrapped = model.wrappers.get(WrappersMP.APPLY_MODEL, {}).get("torch.compile")
-    return bool(wrapped) or any(hasattr(patch, "_orig_mod") for patch in model.object_patches.values())
 
 
 def guidance_scale(guider):

@@ -50,15 +50,20 @@ class Backend:
 
 def compiled(model, backend):
     """TorchCompileModel, with the attention that leaves a network in one piece."""
-    model = model.clone()
-    options = model.model_options["transformer_options"]
-    options["optimized_attention_override"] = lambda func, *args, **kwargs: attention_pytorch(*args, **kwargs)
+    model = with_torch_attention(model)
     set_torch_compile_wrapper(model, backend=backend)
     return model
 
 
+def with_torch_attention(model):
+    model = model.clone()
+    options = model.model_options["transformer_options"]
+    options["optimized_attention_override"] = lambda func, *args, **kwargs: attention_pytorch(*args, **kwargs)
+    return model
+
+
 @pytest.mark.parametrize("name, kind, order", [("wan", "self", "compile first"), ("flux", "stack", "compile last"),
-                                               ("sd3", "self", "compile first")])
+                                               ("sd3", "self", "compile first"), ("sd3", "stack", "as a patch")])
 def test_a_compiled_model_stays_compiled_and_gives_the_same_picture(tiny_models, name, kind, order):
     options = dict(sigmas=torch.linspace(0.9, 0.0, 9), cfg=1.0)
     eager = attach(tiny_models(name), reusing(kind, every=2))
@@ -67,6 +72,10 @@ def test_a_compiled_model_stays_compiled_and_gives_the_same_picture(tiny_models,
     backend, settings = Backend(), reusing(kind, every=2)
     if order == "compile first":
         model = attach(compiled(tiny_models(name), backend), settings)
+    elif order == "as a patch":  # as other nodes do
+        model = attach(with_torch_attention(tiny_models(name)), settings)
+        network = torch.compile(model.get_model_object("diffusion_model"), backend=backend)
+        model.add_object_patch("diffusion_model", network)
     else:
         model = compiled(attach(tiny_models(name), settings), backend)
     result = sample(model, name, **options)
