@@ -1,4 +1,5 @@
 """FasterCache and FRDiff for ComfyUI: fewer network passes, the same picture, and a report of both."""
+
 from .nodes import comfy_entrypoint
 
 WEB_DIRECTORY = "./web"

@@ -2,13 +2,18 @@
 
 Writes the pictures, sheet.jpg and summary.json to output/demo/ and prints the summary as a table.
 """
+
 import json
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from PIL import Image
+
 from benchmarks.tools.comparison import sample_all, summarise, table
 from benchmarks.tools.pictures import difference, sheet, to_image
-from benchmarks.tools.sampling import Bench, Run
+from benchmarks.tools.sampling import Bench, Result, Run
 from testbed.server import ROOT, Host, plain_errors
 
 # As published: the unconditional pass once in five evaluations from a third of the steps on.
@@ -33,7 +38,7 @@ THREADS = 2
 OUTPUT = ROOT / "output" / "demo"
 
 
-def main():
+def main() -> None:
     """Run everything and write it down."""
     prompts = json.loads((ROOT / "testbed" / "prompts.json").read_text())["report"]
     with Host(threads=THREADS) as host:
@@ -44,7 +49,7 @@ def main():
     print(f"\nPictures, sheet.jpg and summary.json: {OUTPUT}")
 
 
-def write(results, prompts, summary):
+def write(results: Mapping[str, Sequence[Result]], prompts: Sequence[str], summary: dict[str, Any]) -> None:
     """Write pictures, sheet and summary."""
     pictures = {name: np.concatenate([result.pictures for result in batches]) for name, batches in results.items()}
     for name, batch in pictures.items():
@@ -55,12 +60,16 @@ def write(results, prompts, summary):
     (OUTPUT / "summary.json").write_text(json.dumps(summary, indent=1))
 
 
-def side_by_side(pictures, prompts):
+def side_by_side(pictures: Mapping[str, np.ndarray], prompts: Sequence[str]) -> Image.Image:
     """Full, ours, fewer steps at equal cost, and the differences to full, for the first prompts."""
     full, ours, control = (pictures[name] for name in ("full", "fastercache", "steps_fastercache"))
-    columns = {"full": full, "ours": ours, "fewer steps": control,
-               f"ours, error x{GAIN}": difference(ours, full, GAIN),
-               f"fewer, error x{GAIN}": difference(control, full, GAIN)}
+    columns = {
+        "full": full,
+        "ours": ours,
+        "fewer steps": control,
+        f"ours, error x{GAIN}": difference(ours, full, GAIN),
+        f"fewer, error x{GAIN}": difference(control, full, GAIN),
+    }
     return sheet(columns, prompts, min(SHEET_ROWS, len(prompts)))
 
 

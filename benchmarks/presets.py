@@ -2,6 +2,7 @@
 
 Prints the table and writes output/presets/summary.json.
 """
+
 from benchmarks.tools.comparison import compare
 from benchmarks.tools.sampling import Run
 from testbed.server import plain_errors

@@ -1,22 +1,21 @@
-"""The arithmetic of FasterCache and FRDiff: plain tensors and small dataclasses, no ComfyUI.
+"""The methods of FasterCache and FRDiff, and the engine that runs them: tensors and small dataclasses, no ComfyUI.
 
-clock     where a run is: evaluations, sigmas, windows
-schedule  which action each evaluation takes
-forecast  how a cached quantity is carried forward in sigma
-bands     the low and high spatial frequencies of a tensor
-guidance  CFG-Cache: the unconditional output from the conditional one
-reuse     dynamic feature reuse: attention outputs from the cache
-jump      whole evaluations forecast from earlier ones
-measured  forecasts whose terms have gains measured during the run
-gate      when skipping may begin, by what the forecasts were worth
-mixing    FRDiff: held scores, reused features, and the mix of both
-policy    what every evaluation does, as data and as a file
-calibration  what skipping costs, from full runs of the user's own model
-search    the best policy for every budget, by exact dynamic programming
-autofr    the same by gradient descent, FRDiff's Auto-FR
-settings  the methods of one run together
-memory    cached features, per branch and per site, within a budget
-storage   in which dtype and on which device they are kept
-report    what a run did, as JSON, as a line and as text
-metrics   PSNR and SSIM
+engine        one evaluation of one region: decide, act, observe, correct
+protocols     what the engine asks of its parts: Pass, Network, Controller, Observer, and what it hands to them
+settings      what a patched model does: its controller, and how signals and features are carried forward
+controllers   what decides what an evaluation does: at intervals, under an error budget, or as planned beforehand
+clock         where a run is: evaluations, sigmas, windows
+actions       what an evaluation does for a branch
+signal        one quantity that is predicted: its forecaster, and the local error of its last forecast
+forecast      how a quantity is carried forward in sigma
+bands         the low and high spatial frequencies of a tensor
+paper_weights  the band weights of CFG-Cache
+solvers       facts about samplers: calls, order, noise, steps
+corrector     correcting what forecasts got wrong once the next evaluation is computed
+readback      small results of the device, for the host to decide by
+features      parts of the network from the cache, within a memory budget
+calibration   the best policy for the user's own model
+report        what a run did, as JSON, as a line and as text
+messages      every sentence that a user reads in a report
+metrics       PSNR and SSIM
 """

@@ -1,87 +1,113 @@
 """What one sampling run did: as JSON, as one line for the log, as text for a person."""
-from collections import Counter
-from dataclasses import dataclass, field
 
-VERSION = 1
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from .actions import Action
+
+VERSION = 2
+
+
+class Holder(Protocol):
+    """What holds tensors during a run."""
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
 
 
 @dataclass
 class EvaluationRecord:
-    """One evaluation: `actions` by branch name, `rows` run and `rows_full` of full sampling."""
+    """One evaluation: `actions` by branch name; `rows` that entered the network, `probe_rows` of them to probe
+    features, and `rows_full` of full sampling."""
+
     ordinal: int
     sigma: float
-    actions: dict
+    actions: dict[str, str]
     rows: int = 0
     rows_full: int = 0
     seconds: float = 0.0
+    probe_rows: int = 0
 
 
 @dataclass
 class RunReport:
-    """Everything told about a run. `run` describes it, `notes` give every refusal's reason."""
-    run: dict = field(default_factory=dict)
-    evaluations: list = field(default_factory=list)
+    """Everything that is told about a run. `run` describes it; `notes` say why something was not skipped, see
+    `messages`; `cache_bytes`: the peak by device."""
+
+    run: dict[str, Any] = field(default_factory=dict)
+    evaluations: list[EvaluationRecord] = field(default_factory=list)
     seconds: float = 0.0
-    cache_bytes: dict = field(default_factory=dict)
-    notes: list = field(default_factory=list)
+    cache_bytes: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
-    def note(self, reason):
-        """Add a refusal's reason, once."""
-        if reason not in self.notes:
-            self.notes.append(reason)
+    def note(self, sentence: str) -> None:
+        """Add a sentence, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
 
-    def note_memory(self, holders):
-        """Count the bytes that `holders` (objects with `tensors()`) hold now, per device; keep the peak."""
-        held = Counter()
+    def note_memory(self, holders: Iterable[Holder]) -> None:
+        """Count the bytes that `holders` hold now, per device; the peak is kept."""
+        held: Counter[str] = Counter()
         for tensor in (t for holder in holders for t in holder.tensors()):
             held[str(tensor.device)] += tensor.numel() * tensor.element_size()
         for device, size in held.items():
             self.cache_bytes[device] = max(self.cache_bytes.get(device, 0), size)
 
-    def totals(self):
-        """Evaluations by action, rows run and rows of the full run, seconds, peak cache bytes."""
-        counts = Counter(action_of(record) for record in self.evaluations)
-        rows = sum(record.rows for record in self.evaluations)
-        rows_full = sum(record.rows_full for record in self.evaluations)
-        return {"evaluations": dict(counts), "rows": rows, "rows_full": rows_full,
-                "cost": rows / rows_full if rows_full else 1.0,
-                "seconds": self.seconds, "peak_cache_bytes": self.cache_bytes}
+    def totals(self) -> dict[str, Any]:
+        """Evaluations by action, rows run (and those of probes), rows of the full run, seconds, peak cache bytes."""
+        rows, probe_rows, rows_full = (
+            sum(getattr(record, name) for record in self.evaluations) for name in ("rows", "probe_rows", "rows_full")
+        )
+        return {
+            "evaluations": dict(Counter(action_of(record) for record in self.evaluations)),
+            "rows": rows,
+            "probe_rows": probe_rows,
+            "rows_full": rows_full,
+            "cost": rows / rows_full if rows_full else 1.0,
+            "seconds": self.seconds,
+            "peak_cache_bytes": self.cache_bytes,
+        }
 
-    def as_dict(self):
+    def as_dict(self) -> dict[str, Any]:
         """The report as plain JSON data, version field first."""
-        return {"version": VERSION, "run": self.run,
-                "evaluations": [vars(record) for record in self.evaluations],
-                "totals": self.totals(), "notes": self.notes}
+        evaluations = [vars(record) for record in self.evaluations]
+        head = {"version": VERSION, "run": self.run, "evaluations": evaluations}
+        return {**head, "totals": self.totals(), "notes": self.notes}
 
 
-def action_of(record):
+def action_of(record: EvaluationRecord) -> str:
     """The one word for an evaluation: the action of the branch that skipped most."""
-    actions = set(record.actions.values())
-    for action in ("JUMP", "ESTIMATE", "MIX", "REUSE"):
-        if action in actions:
-            return "ESTIMATE+REUSE" if {"ESTIMATE", "REUSE"} <= actions else action
-    return "FULL"
+    actions = {Action(action) for action in record.actions.values()}
+    if {Action.ESTIMATE, Action.REUSE} <= actions:
+        return f"{Action.ESTIMATE.value}+{Action.REUSE.value}"
+    return max(actions, key=list(Action).index, default=Action.COMPUTE).value
 
 
-def short_line(report):
+def short_line(report: Mapping[str, Any]) -> str:
     """What was skipped, short enough to stand on a node; from a report's JSON data."""
     totals = report["totals"]
-    counts = ", ".join(f"{n} {action}" for action, n in sorted(totals["evaluations"].items()))
-    reused = sum(n for action, n in totals["evaluations"].items() if "REUSE" in action or action == "MIX")
-    partly = f", in part at {reused} of {sum(totals['evaluations'].values())} evaluations" if reused else ""
+    evaluations: dict[str, int] = totals["evaluations"]
+    counts = ", ".join(f"{n} {action}" for action, n in sorted(evaluations.items()))
+    reused = sum(n for action, n in evaluations.items() if any(a.value in action for a in Action if a.reuses))
+    partly = f", in part at {reused} of {sum(evaluations.values())} evaluations" if reused else ""
     return f"{totals['cost']:.0%} of the network rows run{partly} ({counts or 'no evaluation'})"
 
 
-def summary_line(report):
+def summary_line(report: Mapping[str, Any]) -> str:
     """One line for the log, from a report's JSON data."""
     totals = report["totals"]
     megabytes = sum(totals["peak_cache_bytes"].values()) / 1e6
-    line = (f"FasterCache [{report['run'].get('settings')}]: {short_line(report)}, {totals['rows']} of "
-            f"{totals['rows_full']} rows, {totals['seconds']:.2f} s, cache {megabytes:.1f} MB")
-    return "; ".join([line, *report["notes"]])
+    rows = f"{totals['rows']} of {totals['rows_full']} rows, {totals['seconds']:.2f} s, cache {megabytes:.1f} MB"
+    return "; ".join([f"FasterCache [{report['run'].get('settings')}]: {short_line(report)}, {rows}", *report["notes"]])
 
 
-def full_text(report):
+def full_text(report: Mapping[str, Any]) -> str:
     """The report as text for a person: totals, the run, notes, then one line an evaluation."""
     run = report["run"]
     head = [f"{key}: {run[key]}" for key in ("model", "sampler", "steps", "cfg") if key in run]
@@ -91,13 +117,15 @@ def full_text(report):
     return "\n".join([summary_line({**report, "notes": []}), *head, *notes, *lines])
 
 
-def features_text(plan):
+def features_text(plan: Mapping[str, Any]) -> str:
     """Which features have room and where, from the `features` of a report's run."""
-    where = "; ".join(f"{kind}: " + ", ".join(f"{blocks} {numbers}" for blocks, numbers in lists.items())
-                      for kind, lists in plan["blocks"].items())
-    return (f"{plan['sites']} of {plan['of']} sites ({where}): {plan['bytes'] / 1e6:.1f} MB of "
-            f"{plan['budget'] / 1e6:.1f} MB on {plan['device']}, {plan['dtype']}")
+    where = "; ".join(
+        f"{kind}: " + ", ".join(f"{blocks} {numbers}" for blocks, numbers in lists.items())
+        for kind, lists in plan["blocks"].items()
+    )
+    memory = f"{plan['bytes'] / 1e6:.1f} MB of {plan['budget'] / 1e6:.1f} MB on {plan['device']}, {plan['dtype']}"
+    return f"{plan['sites']} of {plan['of']} sites ({where}): {memory}"
 
 
-def _actions(record):
+def _actions(record: Mapping[str, Any]) -> str:
     return ", ".join(f"{branch} {action}" for branch, action in record["actions"].items())

@@ -1,27 +1,25 @@
-"""What a patched model does: which methods are on, each with its own settings."""
-from dataclasses import dataclass
+"""What a patched model does: its controller, and how each signal and feature is carried forward."""
 
-from .auto import AutoSettings
-from .gate import GateSettings
-from .guidance import GuidanceSettings
-from .jump import JumpSettings
-from .mixing import MixSettings
-from .policy import Policy
-from .reuse import ReuseSettings
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .controllers.interval import IntervalSettings
+from .features.reuse import ReuseSettings
+from .protocols import ControllerSettings
+from .signal import DifferenceSettings, OutputSettings
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """The methods of one run; None turns a method off. `label` names the choice in reports.
+    """label: names the choice in reports; controller: decides what every evaluation does.
 
-    gate: lets `guidance` and `jump` begin only when their forecasts are good enough. plan: says what
-    every evaluation does, in place of the methods' own intervals and of the gate. auto: chooses the gap
-    between computed evaluations while sampling, likewise.
+    difference: how branches are estimated from the conditional one (CFG-Cache); output: how the conditional output is
+    predicted; reuse: which features are reused. None turns each of them off.
     """
+
     label: str
-    guidance: GuidanceSettings | None = None
+    controller: ControllerSettings = field(default_factory=IntervalSettings)
+    difference: DifferenceSettings | None = None
+    output: OutputSettings | None = None
     reuse: ReuseSettings | None = None
-    jump: JumpSettings | None = None
-    gate: GateSettings | None = None
-    auto: AutoSettings | None = None
-    plan: MixSettings | Policy | None = None

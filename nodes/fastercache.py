@@ -1,137 +1,115 @@
 """The nodes most people need: FasterCache on a MODEL, FasterCacheKSampler as a sampler."""
+
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
-import comfy.samplers
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
+
 from nodes import common_ksampler
 
-from ..fastercache_core.auto import AutoSettings
-from ..fastercache_core.clock import Window
-from ..fastercache_core.guidance import GuidanceSettings
-from ..fastercache_core.jump import JumpSettings
+from ..fastercache_core.clock import Interval, Window
+from ..fastercache_core.controllers.adaptive import AdaptiveSettings
+from ..fastercache_core.controllers.interval import IntervalSettings
+from ..fastercache_core.features.reuse import ReuseSettings
 from ..fastercache_core.report import full_text
-from ..fastercache_core.reuse import ReuseSettings
-from ..fastercache_core.schedule import Interval
 from ..fastercache_core.settings import CacheSettings
+from ..fastercache_core.signal import DifferenceSettings, OutputSettings
 from .features import feature_inputs, feature_settings
-from .host.attach import attach, last_report
-from .schema import advanced, choice, name_of, schema, window, window_inputs
+from .host.wrappers import attach, last_report
+from .inputs import advanced, denoise_input, model_input, model_output, prompt_inputs, sampler_inputs, window_inputs
+from .schema import WITH_ID, Inputs, Node, choice, schema, window
 
-
-# How close to full sampling the automatic presets stay, in dB PSNR: nine of ten pictures or more.
+# Target PSNR of the adaptive presets in dB: nine of ten pictures are closer.
 CLOSENESS = {"exact-looking": 50.0, "balanced": 42.0, "fast": 36.0}
+# In the order of the host's function.
+SAMPLING = ("seed", "steps", "cfg", "sampler_name", "scheduler", "positive", "negative", "latent_image")
 
 
-def automatic(label, closeness, span):
-    """Steps forecast from the ones before, as many as `closeness` (dB) allows."""
-    return CacheSettings(label, GuidanceSettings(), jump=JumpSettings(), auto=AutoSettings(closeness, span))
+def automatic(label: str, closeness: float, span: Window) -> CacheSettings:
+    """As many steps predicted as a target PSNR of `closeness` dB allows."""
+    return CacheSettings(label, AdaptiveSettings(closeness, span), DifferenceSettings(), OutputSettings())
 
 
-def paper(span):
+def paper(span: Window) -> CacheSettings:
     """FasterCache as published: attention reuse at every second step, CFG-Cache at four of five."""
-    late = Window(max(span.start, 1 / 3), span.end)
-    return CacheSettings("paper", GuidanceSettings(Interval(5, late), "hold", "paper"),
-                         ReuseSettings(dict.fromkeys(("self", "temporal"), Interval(2, span)), "linear", 1.0))
+    estimate = Interval(5, Window(max(span.start, 1 / 3), span.end))
+    reuse = ReuseSettings(dict.fromkeys(("self", "temporal"), Interval(2, span)), "ramp", 1.0)
+    controller, difference = IntervalSettings(estimate=estimate), DifferenceSettings("hold", "paper")
+    return CacheSettings("paper", controller, difference, reuse=reuse)
 
 
-def nothing(span):
-    """No step and no pass skipped; for feature reuse alone."""
-    return CacheSettings("none")
+PRESETS: dict[str, Callable[[Window], CacheSettings]] = {
+    **{label: partial(automatic, label, closeness) for label, closeness in CLOSENESS.items()},
+    "paper": paper,
+    "none": lambda span: CacheSettings("none"),  # for feature reuse alone
+}
 
 
-PRESETS = {**{label: partial(automatic, label, closeness) for label, closeness in CLOSENESS.items()},
-           "paper": paper, "none": nothing}
-
-
-def preset_inputs():
+def preset_inputs() -> list[io.Input]:
     """The inputs that choose a preset and where it may skip."""
+    preset = "Closeness to full sampling: exact-looking 50 dB PSNR, balanced 42, fast 36 (small changes)."
+    closeness = "Target PSNR to full sampling in dB, in place of the preset's. 0 = as the preset says."
     return [
-        io.Combo.Input("preset", options=list(PRESETS), default="balanced",
-                       tooltip="How close the picture stays to full sampling: exact-looking = about 50 dB PSNR, no "
-                               "difference to be seen; balanced = about 42 dB; fast = about 36 dB, small "
-                               "changes; paper = FasterCache as published; none = only what "
-                               "feature_reuse says."),
-        advanced(io.Float.Input("closeness", default=0.0, min=0.0, max=80.0, step=1.0,
-                                tooltip="How close the picture stays to full sampling, in dB PSNR: higher is "
-                                        "closer and slower; below 30 counts as 30. 0 = as the preset says. Not used "
-                                        "by paper and none.")),
+        io.Combo.Input("preset", options=list(PRESETS), default="balanced", tooltip=preset),
+        advanced(io.Float.Input("closeness", default=0.0, min=0.0, max=80.0, step=1.0, tooltip=closeness)),
         *window_inputs(),
         *feature_inputs(),
     ]
 
 
-def with_preset(node, model, preset, closeness, start_percent, end_percent, **features):
-    """`model` cached as the inputs of `node` (a class) say. Raises ValueError on what is not allowed."""
-    span = window(name_of(node), start_percent, end_percent)
-    settings = PRESETS[choice(name_of(node), "preset", preset, PRESETS)](span)
-    if closeness and settings.auto:
+def with_preset(node: Node, model: ModelPatcher, inputs: Inputs) -> ModelPatcher:
+    """`model` cached as the inputs of `node` say. Raises ValueError on wrong inputs."""
+    span, closeness = window(node, inputs), inputs["closeness"]
+    settings = PRESETS[choice(node, inputs, "preset", PRESETS)](span)
+    if closeness and isinstance(settings.controller, AdaptiveSettings):
         settings = automatic(f"{closeness:g} dB", closeness, span)
-    reuse = feature_settings(name_of(node), settings.reuse, span, **features)
+    reuse = feature_settings(node, inputs, settings.reuse, span)
     return attach(model, replace(settings, reuse=reuse), node.hidden.unique_id)
 
 
 class FasterCache(io.ComfyNode):
-    """Samples faster by skipping what can be foreseen, and reports what was skipped."""
+    """The same picture or video with fewer network passes: put it between the model loader (and LoRAs) and the sampler.
+
+    It skips what can be predicted from the steps before, never the last step, and says on the node and in the log what
+    was skipped and why not more.
+    """
 
     @classmethod
-    def define_schema(cls):
-        return schema(
-            node_id="FasterCache",
-            display_name="FasterCache",
-            description="The same picture or video with fewer network passes: put it between the model "
-                        "loader (and LoRAs) and the sampler. It skips what can be foreseen from the "
-                        "steps before, never the last step, and says on the node and in the log what "
-                        "was skipped and why not more.",
-            inputs=[io.Model.Input("model", tooltip="The model to sample faster. It is not changed itself."),
-                    *preset_inputs()],
-            outputs=[io.Model.Output("cached_model", display_name="model",
-                                     tooltip="The model with caching, for any sampler.")],
-            hidden=[io.Hidden.unique_id],
-        )
+    def define_schema(cls) -> io.Schema:
+        inputs = [model_input(), *preset_inputs()]
+        outputs = [model_output("The model with caching, for any sampler.")]
+        return schema(cls, "FasterCache", "FasterCache", inputs, outputs, hidden=WITH_ID)
 
     @classmethod
-    def execute(cls, model, **choices):
-        return io.NodeOutput(with_preset(cls, model, **choices))
+    def execute(cls, model: ModelPatcher, **inputs: Any) -> io.NodeOutput:
+        return io.NodeOutput(with_preset(cls, model, inputs))
 
 
 class FasterCacheKSampler(io.ComfyNode):
-    """The host's KSampler with caching built in."""
+    """The KSampler with FasterCache built in, and a report of what was skipped."""
 
     @classmethod
-    def define_schema(cls):
-        return schema(
-            node_id="FasterCacheKSampler",
-            display_name="FasterCache KSampler",
-            description="The KSampler with FasterCache built in, and a report of what was skipped.",
-            inputs=[
-                io.Model.Input("model", tooltip="The model to sample with. It is not changed itself."),
-                io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=True,
-                             tooltip="Seed of the noise."),
-                io.Int.Input("steps", default=20, min=1, max=10000,
-                             tooltip="Steps of full sampling; the cache decides how many of them run."),
-                io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
-                               tooltip="Guidance scale."),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="The sampler."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS,
-                               tooltip="How the noise levels are spaced."),
-                io.Conditioning.Input("positive", tooltip="What you want to see."),
-                io.Conditioning.Input("negative", tooltip="What you do not want to see."),
-                io.Latent.Input("latent_image", tooltip="The latent to denoise."),
-                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01,
-                               tooltip="1.0 = from pure noise; lower keeps more of the latent."),
-                *preset_inputs(),
-            ],
-            outputs=[io.Latent.Output("latent", tooltip="The denoised latent."),
-                     io.String.Output("report", tooltip="What was skipped, and why not more.")],
-            hidden=[io.Hidden.unique_id],
-        )
+    def define_schema(cls) -> io.Schema:
+        inputs = [
+            model_input(),
+            *sampler_inputs((1, 20, 10000), cfg=8.0),
+            *prompt_inputs(),
+            io.Latent.Input("latent_image", tooltip="The latent to denoise."),
+            denoise_input(),
+            *preset_inputs(),
+        ]
+        outputs = [
+            io.Latent.Output("latent", tooltip="The denoised latent."),
+            io.String.Output("report", tooltip="What was skipped, and why not more."),
+        ]
+        return schema(cls, "FasterCacheKSampler", "FasterCache KSampler", inputs, outputs, hidden=WITH_ID)
 
     @classmethod
-    def execute(cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image,
-                denoise, **choices):
-        cached = with_preset(cls, model, **choices)
-        (latent,) = common_ksampler(cached, seed, steps, cfg, sampler_name, scheduler, positive, negative,
-                                    latent_image, denoise=denoise)
+    def execute(cls, model: ModelPatcher, **inputs: Any) -> io.NodeOutput:
+        cached = with_preset(cls, model, inputs)
+        (latent,) = common_ksampler(cached, *(inputs[name] for name in SAMPLING), denoise=inputs["denoise"])
         report = last_report(cached)
         return io.NodeOutput(latent, full_text(report) if report else "nothing was sampled")

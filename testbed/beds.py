@@ -1,10 +1,11 @@
 """The beds: each trained model with all that a graph or a script has to know about it, as data.
 
-    bed = BEDS["unet"]
-    bed.graph(prompts), bed.decoder(["sample", 0])            # nodes of an API-format graph, for a Host
-    model = bed.load()                                        # in this process, with the host imported
-    bed.conditioning(prompts), bed.empty(8), bed.decode(model, samples)
+bed = BEDS["unet"]
+bed.graph(prompts), bed.decoder(["sample", 0])            # nodes of an API-format graph, for a Host
+model = bed.load()                                        # in this process, with the host imported
+bed.conditioning(prompts), bed.empty(8), bed.decode(model, samples)
 """
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,14 @@ def node(kind, **inputs):
 @dataclass(frozen=True)
 class Bed:
     """One model. Nodes are (node id, inputs without links)."""
-    model: str                # its folder in testbed/models, and the name of its weights there
-    loader: tuple             # node that loads it
-    empty_node: tuple         # node of an empty latent, without its batch_size
-    decode_node: tuple        # node from latents to pictures
-    latent: tuple             # shape of one latent, [channels, (frames,) height, width]
-    scheduler: str            # the host's usual one for this kind of model
-    frames: int = 1           # pictures that one latent decodes to; more than one: clips
+
+    model: str  # its folder in testbed/models, and the name of its weights there
+    loader: tuple  # node that loads it
+    empty_node: tuple  # node of an empty latent, without its batch_size
+    decode_node: tuple  # node from latents to pictures
+    latent: tuple  # shape of one latent, [channels, (frames,) height, width]
+    scheduler: str  # the host's usual one for this kind of model
+    frames: int = 1  # pictures that one latent decodes to; more than one: clips
     steps: int = 30
     cfg: float = 4.5
 
@@ -63,13 +65,16 @@ class Bed:
         """The model as the host loads it (ModelPatcher); the host must be importable."""
         if self.loader[0] == "EmojiUNetLoader":
             from testbed.nodes import emoji_unet
+
             return emoji_unet.load(self.weights)
         import comfy.sd
+
         return comfy.sd.load_diffusion_model(str(self.weights))
 
     def conditioning(self, prompts):
         """The host's conditioning of the prompts, one row a prompt."""
         from testbed.nodes.emoji import conditioning  # its package needs the host
+
         return conditioning(self.model, prompts)
 
     def empty(self, count):
@@ -79,6 +84,7 @@ class Bed:
     def decode(self, model, samples):
         """Pictures [batch, 3, 64, 64], or clips [batch, frames, 3, 64, 64], in 0..1 of sampled latents."""
         from testbed.nodes.emoji import load_codec  # its package needs the host
+
         return load_codec(self.model).decode(model.get_model_object("latent_format").process_in(samples))
 
 
@@ -90,10 +96,24 @@ def unet_loader(name):
 STILL = ("EmptySD3LatentImage", {"width": 128, "height": 128})
 CLIP = ("EmptyHunyuanLatentVideo", {"width": 64, "height": 64, "length": 13})
 BEDS = {
-    "mmdit": Bed("emoji_mmdit", unet_loader("emoji_mmdit"), STILL, ("EmojiDecode", {"scale": 1}),
-                 (16, 16, 16), "simple"),
-    "unet": Bed("emoji_unet", ("EmojiUNetLoader", {}), STILL, ("EmojiDecode", {"scale": 1, "model": "emoji_unet"}),
-                (16, 16, 16), "normal"),
-    "wan": Bed("emoji_wan", unet_loader("emoji_wan"), CLIP, ("EmojiVideoDecode", {"scale": 1}),
-               (48, 4, 8, 8), "simple", frames=13),
+    "mmdit": Bed(
+        "emoji_mmdit", unet_loader("emoji_mmdit"), STILL, ("EmojiDecode", {"scale": 1}), (16, 16, 16), "simple"
+    ),
+    "unet": Bed(
+        "emoji_unet",
+        ("EmojiUNetLoader", {}),
+        STILL,
+        ("EmojiDecode", {"scale": 1, "model": "emoji_unet"}),
+        (16, 16, 16),
+        "normal",
+    ),
+    "wan": Bed(
+        "emoji_wan",
+        unet_loader("emoji_wan"),
+        CLIP,
+        ("EmojiVideoDecode", {"scale": 1}),
+        (48, 4, 8, 8),
+        "simple",
+        frames=13,
+    ),
 }

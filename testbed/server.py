@@ -7,6 +7,7 @@ Everything that the server writes goes to a scratch folder that is deleted at th
 user's own ComfyUI (COMFYUI_PATH) stays untouched: nodes and models are announced through an
 extra paths file.
 """
+
 import asyncio
 import contextlib
 import json
@@ -81,6 +82,7 @@ def link_folder(link, target):
     """Make `link` stand for the folder `target`; on Windows a junction, which needs no rights."""
     if os.name == "nt":
         import _winapi
+
         _winapi.CreateJunction(str(target), str(link))
     else:
         link.symlink_to(target, target_is_directory=True)
@@ -90,8 +92,10 @@ def rejection(body):
     """One readable message for what the server's answer to a graph complains about; "" for nothing."""
     lines = ["{message} {details}".format(**body["error"]).strip()] if "error" in body else []
     for node_id, node in body.get("node_errors", {}).items():
-        lines += ["{} (node {}): {}: {}".format(node["class_type"], node_id, error["message"], error["details"])
-                  for error in node["errors"]]
+        lines += [
+            "{} (node {}): {}: {}".format(node["class_type"], node_id, error["message"], error["details"])
+            for error in node["errors"]
+        ]
     return "\n".join(lines)
 
 
@@ -125,26 +129,62 @@ class Host:
         for name, folder in self.nodes.items():
             link_folder(self.folder / "custom_nodes" / name, folder)
         # PASSIVE: threads that spin while they wait are tens of times slower on a busy machine.
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1",
-                       "OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = {
+            **os.environ,
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONIOENCODING": "utf-8",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": str(self.threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
         with open(self.folder / "server.log", "wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", LIFELINE, str(self.folder), "main.py", *self._arguments()],
-                cwd=comfyui_path(), env=environment, stdin=subprocess.PIPE, stdout=log,
-                stderr=subprocess.STDOUT, start_new_session=True)
+                cwd=comfyui_path(),
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def _arguments(self):
         """The server's command line."""
         paths = self.folder / "paths.yaml"  # JSON is YAML
-        paths.write_text(json.dumps({"fastercache": {"custom_nodes": str(self.folder / "custom_nodes"),
-                                                     "diffusion_models": "\n".join(map(str, self.models))}}))
-        return ["--cpu", "--disable-auto-launch", "--disable-api-nodes",
-                "--listen", "127.0.0.1", "--port", str(self.port),
-                "--disable-all-custom-nodes", "--whitelist-custom-nodes", *self.nodes,
-                "--extra-model-paths-config", str(paths),
-                "--input-directory", str(self.folder / "input"), "--output-directory", str(self.folder / "output"),
-                "--temp-directory", str(self.folder), "--user-directory", str(self.folder / "user"),
-                "--database-url", f"sqlite:///{self.folder / 'comfyui.db'}"]
+        paths.write_text(
+            json.dumps(
+                {
+                    "fastercache": {
+                        "custom_nodes": str(self.folder / "custom_nodes"),
+                        "diffusion_models": "\n".join(map(str, self.models)),
+                    }
+                }
+            )
+        )
+        return [
+            "--cpu",
+            "--disable-auto-launch",
+            "--disable-api-nodes",
+            "--listen",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--disable-all-custom-nodes",
+            "--whitelist-custom-nodes",
+            *self.nodes,
+            "--extra-model-paths-config",
+            str(paths),
+            "--input-directory",
+            str(self.folder / "input"),
+            "--output-directory",
+            str(self.folder / "output"),
+            "--temp-directory",
+            str(self.folder),
+            "--user-directory",
+            str(self.folder / "user"),
+            "--database-url",
+            f"sqlite:///{self.folder / 'comfyui.db'}",
+        ]
 
     def _wait_until_up(self):
         """Return when the server answers; raise with its log when it ends or takes too long."""
@@ -164,7 +204,7 @@ class Host:
         folder = str(self.folder / "custom_nodes")
         failed = [i for i, line in enumerate(lines) if folder in line and FAILED_NODE.search(line)]
         if failed:
-            raise HostError("A folder of nodes could not be loaded:\n" + "\n".join(lines[:failed[0] + 1][-25:]))
+            raise HostError("A folder of nodes could not be loaded:\n" + "\n".join(lines[: failed[0] + 1][-25:]))
 
     def _stop(self):
         """End the server and delete its scratch folder."""
@@ -209,8 +249,10 @@ class Host:
 
     async def _run(self, workflow, on_progress):
         client = uuid.uuid4().hex
-        async with aiohttp.ClientSession(self.url) as session, \
-                session.ws_connect(f"/ws?clientId={client}", max_msg_size=0) as events:
+        async with (
+            aiohttp.ClientSession(self.url) as session,
+            session.ws_connect(f"/ws?clientId={client}", max_msg_size=0) as events,
+        ):
             async with session.post("/prompt", json={"prompt": workflow, "client_id": client}) as reply:
                 body = await reply.json()
             if rejection(body):  # the server would still run the parts of the graph that are right

@@ -1,7 +1,9 @@
 """For all tests: ComfyUI's modules for tests in this process, and a real server for the others."""
+
 import sys
 
 import pytest
+
 from testbed.server import Host, comfyui_path
 
 
@@ -11,9 +13,11 @@ def import_comfyui():
         pytest.exit(f"There is no ComfyUI at {comfyui_path()}; `python dev.py test` fetches it.", 1)
     sys.path.insert(0, str(comfyui_path()))
     import comfy.options
+
     comfy.options.enable_args_parsing()
     arguments, sys.argv = sys.argv, [sys.argv[0], "--cpu"]
-    import comfy.cli_args  # noqa: F401  (reads the command line once)
+    import comfy.cli_args
+
     sys.argv = arguments
     import utils.extra_config  # noqa: F401  (ComfyUI's nodes.py later hides its own `utils` package)
 

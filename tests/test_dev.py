@@ -1,13 +1,16 @@
 """The developers' set-up, without installing anything."""
+
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import zipfile
 
-import dev
 import pytest
+
+import dev
 from testbed.server import free_port
 
 
@@ -151,6 +154,14 @@ def test_tasks():
     assert dev.task(["test", "-k", "name"]) == ["-m", "pytest", "-k", "name"]
     assert dev.task(["demo"]) == ["-m", "benchmarks.demo"]
     assert dev.task(["bench", "demo"]) == ["-m", "benchmarks.demo"]
+    assert dev.task(["check"]) == ["-m", "testbed.check"]
+
+
+def test_parts_of_the_tests_are_their_folders_and_what_follows_goes_to_pytest():
+    assert {"core", "host", "api", "browser", "pack", "workflows", "gpu"} <= set(dev.parts())
+    assert dev.task(["test", "core", "pack"]) == ["-m", "pytest", "tests/core", "tests/pack"]
+    assert dev.task(["test", "core", "-k", "host"]) == ["-m", "pytest", "tests/core", "-k", "host"]
+    assert dev.task(["test", "tests/pack/make_english.py"]) == ["-m", "pytest", "tests/pack/make_english.py"]
 
 
 @pytest.mark.parametrize("words", [[], ["dmeo"], ["bench"], ["bench", "nothing"]])
@@ -158,6 +169,13 @@ def test_a_wrong_command_shows_the_usage(words):
     with pytest.raises(SystemExit) as stop:
         dev.task(words)
     assert "python dev.py demo" in message(stop)
+
+
+def test_no_benchmark_imports_another():
+    """What they share is in benchmarks/tools."""
+    names = [path.stem for path in (dev.ROOT / "benchmarks").glob("*.py")]
+    imports = re.compile(rf"^\s*(from benchmarks(\.({'|'.join(names)}))? import|import benchmarks)", re.MULTILINE)
+    assert [name for name in names if imports.search((dev.ROOT / "benchmarks" / f"{name}.py").read_text())] == []
 
 
 def test_a_free_port_can_be_listened_on():

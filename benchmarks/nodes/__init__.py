@@ -1,7 +1,9 @@
 """Nodes that measure: how many network rows and FLOPs a run costs, its seconds, and its pictures unrounded."""
+
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 import numpy as np
@@ -17,8 +19,11 @@ CATEGORY = "FasterCache/benchmark"
 # does below APPLY_MODEL - never reaches it. So this one place counts every method alike.
 FIRST_PROJECTION = ("x_embedder", "img_in", "patch_embedding", "patchify_proj", "input_blocks.0.0")
 # Fused attention on the CPU, which torch's counter does not know.
-CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-                 lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
+        query, key, value
+    )
+}
 
 
 class Counter:
@@ -28,15 +33,15 @@ class Counter:
     own among them. Counting slows a run down by a half or so.
     """
 
-    def __init__(self, with_flops):
+    def __init__(self, with_flops: bool) -> None:
         self.rows, self.flops, self.seconds = 0, 0, 0.0
         self.with_flops = with_flops
 
-    def count(self, module, args):
+    def count(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of the first projection."""
         self.rows += args[0].shape[0]
 
-    def outer_sample(self, executor, *args, **kwargs):
+    def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """OUTER_SAMPLE: one run, counted and timed."""
         hook = first_projection(executor.class_obj.model_patcher).register_forward_pre_hook(self.count)
         mode = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) if self.with_flops else nullcontext()
@@ -50,7 +55,7 @@ class Counter:
             hook.remove()
 
 
-def first_projection(patcher):
+def first_projection(patcher: Any) -> torch.nn.Module:
     """The module through which every row enters this model."""
     modules = dict(patcher.model.diffusion_model.named_modules())
     for name in FIRST_PROJECTION:
@@ -63,19 +68,32 @@ class CountRows(io.ComfyNode):
     """Makes a model count what it samples."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="CountRows", category=CATEGORY,
+            node_id="CountRows",
+            category=CATEGORY,
             description="Counts what sampling with this model costs. Put it first, before any cache.",
-            inputs=[io.Model.Input("model", tooltip="The model to watch."),
-                    io.Int.Input("run", default=0, min=0, max=2**31,
-                                 tooltip="Any number; a new one starts a new count and samples again."),
-                    io.Boolean.Input("flops", default=False, optional=True,
-                                     tooltip="Count FLOPs too. The seconds of such a run mean nothing.")],
-            outputs=[io.Model.Output("counted", tooltip="The same model, counting.")])
+            inputs=[
+                io.Model.Input("model", tooltip="The model to watch."),
+                io.Int.Input(
+                    "run",
+                    default=0,
+                    min=0,
+                    max=2**31,
+                    tooltip="Any number; a new one starts a new count and samples again.",
+                ),
+                io.Boolean.Input(
+                    "flops",
+                    default=False,
+                    optional=True,
+                    tooltip="Count FLOPs too. The seconds of such a run mean nothing.",
+                ),
+            ],
+            outputs=[io.Model.Output("counted", tooltip="The same model, counting.")],
+        )
 
     @classmethod
-    def execute(cls, model, run, flops=False):
+    def execute(cls, model: Any, run: int, flops: bool = False) -> io.NodeOutput:
         model, counter = model.clone(), Counter(flops)
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, counter.outer_sample)
         model.set_attachments(KEY, counter)
@@ -86,16 +104,21 @@ class RowCount(io.ComfyNode):
     """Shows what a counting model has counted."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="RowCount", category=CATEGORY, is_output_node=True,
+            node_id="RowCount",
+            category=CATEGORY,
+            is_output_node=True,
             description="Shows the network rows, FLOPs and seconds of a run whose model came through CountRows.",
-            inputs=[io.Model.Input("model", tooltip="The model that was sampled."),
-                    io.Latent.Input("latent", tooltip="The sampler's result: the count is read after it.")],
-            outputs=[io.Int.Output("rows", tooltip="Rows that went through the network.")])
+            inputs=[
+                io.Model.Input("model", tooltip="The model that was sampled."),
+                io.Latent.Input("latent", tooltip="The sampler's result: the count is read after it."),
+            ],
+            outputs=[io.Int.Output("rows", tooltip="Rows that went through the network.")],
+        )
 
     @classmethod
-    def execute(cls, model, latent):
+    def execute(cls, model: Any, latent: Any) -> io.NodeOutput:
         counter = model.get_attachment(KEY)
         shown = {"rows": [counter.rows], "flops": [counter.flops], "seconds": [counter.seconds]}
         return io.NodeOutput(counter.rows, ui=shown)
@@ -105,14 +128,18 @@ class SaveArray(io.ComfyNode):
     """Saves pictures without rounding them to 8 bits."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="SaveArray", category=CATEGORY, is_output_node=True,
+            node_id="SaveArray",
+            category=CATEGORY,
+            is_output_node=True,
             description="Saves pictures as a NumPy file, so that close ones can be told apart.",
-            inputs=[io.Image.Input("images", tooltip="The pictures.")], outputs=[])
+            inputs=[io.Image.Input("images", tooltip="The pictures.")],
+            outputs=[],
+        )
 
     @classmethod
-    def execute(cls, images):
+    def execute(cls, images: torch.Tensor) -> io.NodeOutput:
         output = folder_paths.get_output_directory()
         folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path("array", output)
         name = f"{stem}_{counter:05}_.npy"
@@ -121,10 +148,10 @@ class SaveArray(io.ComfyNode):
 
 
 class Benchmark(ComfyExtension):
-    async def get_node_list(self):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [CountRows, RowCount, SaveArray]
 
 
-def comfy_entrypoint():
+def comfy_entrypoint() -> Benchmark:
     """The host's entry."""
     return Benchmark()

@@ -1,31 +1,32 @@
 """Arithmetic of error against cost: means with their uncertainty, and how far apart two frontiers are."""
+
+from collections.abc import Iterable, Sequence
+
 import numpy as np
+
+from fastercache_core.calibration.losses import pareto
 
 EQUAL = 100.0  # dB, in place of infinity
 
+Points = Iterable[tuple[float, float]]  # (cost, dB)
 
-def interval(values):
+
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
     """Mean, half the width of its 95% interval and the least of `values`; the half width is 0 for one value."""
     values = np.asarray(values, dtype=float)
     half = 1.96 * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
     return float(values.mean()), float(half), float(values.min())
 
 
-def frontier(points):
-    """The points (cost, dB) that no other one beats in both, by rising cost."""
-    best, kept = -np.inf, []
-    for cost, decibels in sorted(points, key=lambda point: (point[0], -point[1])):
-        if decibels > best:
-            best = decibels
-            kept.append((cost, decibels))
-    return kept
+def frontier(points: Points) -> list[tuple[float, float]]:
+    """The points that no other one beats in both, by rising cost."""
+    return pareto(sorted(points, key=lambda point: (point[0], -point[1])), lambda point: -point[1])
 
 
-def area(ours, control):
+def area(ours: Points, control: Points) -> tuple[float, float]:
     """(area, width): dB times cost between two frontiers, over the costs that both of them span.
 
-    ours, control: points (cost, dB). The area is positive where ours lies above; (0, 0) where they do
-    not overlap.
+    The area is positive where ours lies above; (0, 0) where they do not overlap.
     """
     (x, y), (u, v) = (np.array(frontier(points), dtype=float).T for points in (ours, control))
     low, high = max(x[0], u[0]), min(x[-1], u[-1])
@@ -35,7 +36,7 @@ def area(ours, control):
     return float(np.trapezoid(np.interp(costs, x, y) - np.interp(costs, u, v), costs)), float(high - low)
 
 
-def at_cost(points, cost):
+def at_cost(points: Points, cost: float) -> float | None:
     """dB of a frontier at `cost`, None beyond its ends."""
     costs, decibels = np.array(frontier(points), dtype=float).T
     return float(np.interp(cost, costs, decibels)) if costs[0] <= cost <= costs[-1] else None

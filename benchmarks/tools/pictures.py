@@ -1,4 +1,7 @@
 """Pictures of a benchmark: how far they are from a reference, as files, and side by side."""
+
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -7,25 +10,25 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 CELL, GAP, LABEL = 128, 6, 24
 
 
-def closeness(pictures, reference):
+def closeness(pictures: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """PSNR in dB (infinite when equal) and SSIM of each picture, two arrays [batch]."""
     a, b = (torch.from_numpy(x).movedim(-1, 1) for x in (pictures, reference))
     psnr = peak_signal_noise_ratio(a, b, data_range=1.0, dim=(1, 2, 3), reduction="none")
     ssim = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
-    return psnr.numpy(), ssim.numpy()
+    return psnr.numpy(), np.asarray(ssim)
 
 
-def to_image(picture):
+def to_image(picture: np.ndarray) -> Image.Image:
     """An array [height, width, 3] in 0..1 as a picture."""
     return Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
 
 
-def difference(a, b, gain):
+def difference(a: np.ndarray, b: np.ndarray, gain: float) -> np.ndarray:
     """Absolute difference of two arrays, enlarged."""
     return np.abs(a - b) * gain
 
 
-def sheet(columns, titles, rows):
+def sheet(columns: Mapping[str, np.ndarray], titles: Sequence[str], rows: int) -> Image.Image:
     """Pictures side by side: `columns` maps a label to an array [batch, height, width, 3].
 
     The first `rows` of each batch are shown, one below the other, with `titles` beside them.

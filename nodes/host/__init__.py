@@ -1,12 +1,20 @@
-"""Everything that knows ComfyUI's internals.
+"""Everything that knows ComfyUI's internals, and nothing of the methods.
 
-attach        puts settings and wrappers on a clone of a MODEL
-run           one sampling run: its evaluations, features and report
-scope         the branches of one latent region: which run, how the others are filled in
-refusals      what cannot work with what, and the reason
-announce      tells the web page what a run skipped
-branches      which conditioning is which, and when it changes
-output_space  between the host's denoised space and the network's output space
-samplers      facts about the host's samplers
-attention     attention modules of each model family, and how they are swapped
+wrappers        puts settings on a clone of a MODEL; the host's calls, with their arguments by name
+run             one sampling run: an engine for every region, and the report
+network         the host's network, as the engine runs it
+model_call      the host's calls as data
+conditioning    which conditioning is which, and when it changes
+prediction      between the host's denoised latents and the network's output space
+compatibility   what cannot work with what, and the reason
+policy_checks   whether a policy or FRDiff's mixing serves a run
+calibrate       full runs that are recorded, and runs that fit a policy's weights
+feature_pass    one pass of the network with features from the cache
+feature_plan    which features have room in memory, decided before the first pass where possible
+feature_hooks   the places of a network whose outputs are features, and how they are swapped
+attention_hook  the same for a network of no known family
+families        where each model family keeps what can be reused
+dry_run         a pass without values, to see the shapes of features
+fingerprint     which model this is, and which size of picture
+announce        tells the web page what a run skipped
 """

@@ -2,7 +2,14 @@
 
 Names, paths and signatures are those of the host's own classes.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from ...fastercache_core.clock import Interval
 
 # Kinds of sites. self, temporal, cross: attention outputs, after the projection and before the gate; temporal:
 # self-attention over time alone. front, rear, stack: what the first half, the second half or all blocks but the first
@@ -10,21 +17,23 @@ from dataclasses import dataclass
 # branches.
 ATTENTION = ("self", "temporal", "cross")
 SPANS = ("front", "rear", "stack")
-KINDS = (*ATTENTION, *SPANS, "deep", "branch")
+# Each of these leaves out more than half of a pass.
+DEEP = {"stack", "deep"}
 
 
 @dataclass(frozen=True)
 class Attention:
     """An attention at `path` inside every block of class `block` or of one derived from it.
 
-    inside: the name of the list that these blocks lie in, where others of the class lie elsewhere.
-    joint: further paths, where the block runs one attention over the tokens of all of these modules,
-    between their `pre_attention` and `post_attention`; otherwise a module's `forward` is the attention.
+    inside: the name of the list that these blocks lie in, where others of the class lie elsewhere. joint: further
+    paths, where the block runs one attention over the tokens of all of these modules, between their `pre_attention` and
+    `post_attention`; otherwise a module's `forward` is the attention.
     """
+
     block: str
     path: str
     kind: str = "self"
-    joint: tuple | None = None
+    joint: tuple[str, ...] | None = None
     inside: str = ""
 
 
@@ -32,48 +41,49 @@ class Attention:
 class Stack:
     """A list of blocks that run one after the other.
 
-    streams: what a block takes and gives back, in the order that it gives it: names of arguments, places among
-    them, or (one of these, a place in the tuple that is given there). whole: True where the blocks hand values
-    past each other, so that only the stack as a whole can be reused. beside: a path of blocks that run
-    beside these, each after one of them and adding to what it gives, and the path of {number of the block:
-    number of the one beside it}.
+    streams: what a block takes and gives back, in the order that it gives it: names of arguments, places among them, or
+    (one of these, a place in the tuple that is given there). whole: True where the blocks hand values past each other,
+    so that only the stack as a whole can be reused. beside: a path of blocks that run beside these, each after one of
+    them and adding to what it gives, and the path of {number of the block: number of the one beside it}.
     """
+
     path: str
-    streams: tuple = (0,)
+    streams: tuple[Any, ...] = (0,)
     whole: bool = False
-    beside: tuple | None = None
+    beside: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
 class Family:
     """A family of diffusion models: full class names, and where things are inside. An entry before another counts.
 
-    part: class name of a module that they have, where the model's own class does not tell.
-    batch_axis: axis of the batch in features. opaque: class names of modules that choose by numbers what they run,
-    with an output shaped as their input. unet: True where `input_blocks`, `middle_block` and
-    `output_blocks` are those of the host's UNet. known: False for a model of which nothing is known, where
-    attention is taken as the host calls it.
+    part: class name of a module that they have, where the model's own class does not tell. batch_axis: axis of the
+    batch in features. opaque: class names of modules that choose by values what they run, with an output shaped as
+    their input. unet: True where `input_blocks`, `middle_block` and `output_blocks` are those of the host's UNet.
+    known: False for a model of no family, where attention is taken as the host calls it.
     """
+
     name: str
-    models: tuple
-    attention: tuple = ()
-    stacks: tuple = ()
+    models: tuple[str, ...]
+    attention: tuple[Attention, ...] = ()
+    stacks: tuple[Stack, ...] = ()
     batch_axis: int = 0
-    opaque: tuple = ()
+    opaque: tuple[str, ...] = ()
     unet: bool = False
     known: bool = True
     part: str = ""
 
-    def kinds(self):
+    def kinds(self) -> set[str]:
         """The kinds of sites that this family has."""
         if not self.known:
             return {"self", "cross"}
-        found = {entry.kind for entry in self.attention}
+        kinds = {entry.kind for entry in self.attention}
         if self.stacks:
-            found |= {"stack"} if any(stack.whole for stack in self.stacks) else set(SPANS)
-        return found | ({"deep", "branch"} if self.unet else set())
+            kinds |= {"stack"} if any(stack.whole for stack in self.stacks) else set(SPANS)
+        return kinds | ({"deep", "branch"} if self.unet else set())
 
 
+# fmt: off
 UNET = "comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel"
 FAMILIES = (
     Family("SVD", (UNET,),
@@ -145,9 +155,20 @@ FAMILIES = (
            (Attention("TransformerBlock", "self_attn"), Attention("TransformerBlock", "cross_attn", "cross")),
            (Stack("transformer.layers"),)),
 )
+# fmt: on
+
+# What is reused instead where a family has no such sites, nearest first.
+INSTEAD = {
+    "self": ("front", "stack"),
+    "branch": ("self", "front"),
+    "deep": ("stack", "self"),
+    "front": ("deep", "stack", "self"),
+    "rear": ("deep", "stack", "self"),
+    "stack": ("deep", "self"),
+}
 
 
-def find_family(diffusion_model):
+def find_family(diffusion_model: Any) -> Family:
     """The entry for a diffusion model or any class it derives from; one that is not `known` when there is none."""
     bases = {f"{c.__module__}.{c.__qualname__}" for c in type(diffusion_model).__mro__}
     parts = {"", *(type(module).__name__ for module in diffusion_model.modules())}
@@ -155,23 +176,21 @@ def find_family(diffusion_model):
     return next((family for family in FAMILIES if bases & set(family.models) and family.part in parts), unknown)
 
 
-# What is reused instead where a family has no such sites, nearest first.
-INSTEAD = {"self": ("front", "stack"), "branch": ("self", "front"), "deep": ("stack", "self"),
-           "front": ("deep", "stack", "self"), "rear": ("deep", "stack", "self"), "stack": ("deep", "self")}
+def available(family: Family, intervals: Mapping[str, Interval]) -> tuple[dict[str, Interval], dict[str, str | None]]:
+    """`intervals` for the kinds that `family` has, and what had to be replaced: {kind: other kind}.
 
-
-def available(family, intervals):
-    """`intervals` ({kind: Interval}) for the kinds that `family` has, and what had to be replaced: {kind: other}.
-
-    Cross attention has no replacement: where there is none, there is nothing to reuse. Attention over time needs
-    none: where it is not alone, it is part of self.
+    Cross attention has no replacement: where there is none, there is nothing to reuse. Attention over time needs none:
+    where it is not alone, it is part of self.
     """
-    has, found, replaced = family.kinds(), {}, {}
-    wanted = {kind: interval for kind, interval in intervals.items() if kind != "temporal" or kind in has}
-    for kind, interval in wanted.items():
+    has = family.kinds()
+    chosen: dict[str, Interval] = {}
+    replaced: dict[str, str | None] = {}
+    for kind, interval in intervals.items():
+        if kind == "temporal" and kind not in has:
+            continue
         other = next((k for k in (kind, *INSTEAD.get(kind, ())) if k in has), None)
         if other:
-            found.setdefault(other, interval)
+            chosen.setdefault(other, interval)
         if other != kind:
             replaced[kind] = other
-    return found, replaced
+    return chosen, replaced

@@ -1,262 +1,256 @@
-"""One sampling run: its evaluations, their scopes and features, and the report it ends with.
+"""One sampling run: its evaluations, an engine for every region, and the report that it ends with.
 
-Made when the run starts and dropped when it ends, however it ends. Nothing of it outlives the
-run but its report.
+Made when the run starts and dropped when it ends, however it ends. Nothing of it outlives the run but its report.
 """
+
+from __future__ import annotations
+
 import time
-from collections import Counter
 from dataclasses import replace
+from typing import Any, Protocol
 
-from ...fastercache_core.auto import LONGEST_REUSE, least
-from ...fastercache_core.clock import Clock
-from ...fastercache_core.mixing import MixSettings
+import torch
+from comfy.model_sampling import CONST
+
+from ...fastercache_core import messages
+from ...fastercache_core.actions import Action, fuller
+from ...fastercache_core.clock import Clock, Evaluation
+from ...fastercache_core.controllers.adaptive import LONGEST_REUSE, AdaptiveSettings
+from ...fastercache_core.controllers.interval import IntervalSettings
+from ...fastercache_core.controllers.planned import MixSettings, flow_timestep
+from ...fastercache_core.engine import Engine, Outcome
+from ...fastercache_core.protocols import Observer, Pass, RunContext
 from ...fastercache_core.report import EvaluationRecord, RunReport
-from ...fastercache_core.schedule import Action
-from .branches import branch_keys, branch_name, keys_ahead, reference_branch, window_of
-from .features import Features, is_compiled
-from .output_space import OutputSpace, SlopeSpace
-from .plans import REUSING, make_plan
-from .refusals import refusals
-from .samplers import sampler_facts, sampler_name
-from .scope import Scope
+from ...fastercache_core.settings import CacheSettings
+from ...fastercache_core.solvers import Solver
+from .compatibility import RunSetup, compatible, is_compiled, keeps_reference_only
+from .conditioning import Window, active_branches, branch_name, fingerprint, reference_branch, window_of
+from .feature_pass import FeaturePass
+from .model_call import BranchesCall
+from .network import HostNetwork
+from .policy_checks import planned
+from .prediction import OutputSpace, SlopeSpace
 
-# From the most to the least that runs.
-ACTIONS = [Action.FULL, Action.MIX, Action.REUSE, Action.ESTIMATE, Action.JUMP]
 # A context window that has not come back for this many evaluations is forgotten.
-SCOPE_LIFE = 8
+REGION_LIFE = 8
+
+
+class RunObserver(Observer, Protocol):
+    """Looks at a whole run, for calibration."""
+
+    def started(self, setup: RunSetup) -> None:
+        """A run starts."""
+
+    def check(self, pass_: Pass | None, window: Window) -> None:
+        """The first pass of an evaluation begins; None where the guider's positive conditioning was not found."""
+
+    def done(self, evaluation: Evaluation, x: torch.Tensor, denoised: torch.Tensor) -> None:
+        """An evaluation at latent `x` gave the guided `denoised`, both [batch, ...]."""
+
+    def closed(self) -> None:
+        """The run has ended."""
 
 
 class CacheRun:
-    """State of one run of one model under `settings` (CacheSettings)."""
+    """One run of one model under `settings`."""
 
-    def __init__(self, settings, guider, sampler, sigmas, shape):
-        """shape: of the latent, [batch, channels, ...]."""
-        self.guider = guider
-        self.report = RunReport(run=describe(settings, guider, sampler, sigmas))
-        refused = refusals(settings, guider, sampler)
-        for reason in dict.fromkeys(refused.values()):
-            self.report.note(reason)
-        self.settings = replace(settings, **dict.fromkeys(refused))
-        if not any((settings.guidance, settings.reuse, settings.jump)):
-            self.report.note("every method is switched off: nothing is skipped")
-        self.model_sampling = guider.model_patcher.get_model_object("model_sampling")
-        self.plan, self.planned = make_plan(self.settings, self.guider, sampler, sigmas.tolist(), shape), None
-        for note in self.plan.notes if self.plan else ():
+    def __init__(self, settings: CacheSettings, setup: RunSetup, observer: RunObserver | None = None) -> None:
+        self.setup, self.observer = setup, observer
+        if observer:
+            observer.started(setup)
+        self.report = RunReport(run=describe(settings, setup))
+        settings, reasons = compatible(settings, setup)
+        self.settings, notes = planned(settings, setup)
+        for note in (*reasons, *notes):
             self.report.note(note)
-        facts = sampler_facts(sampler)
-        self.walks_grid = facts is not None and facts.calls == 1 and not facts.noise
-        self.solver = facts.solver if facts else None
-        self._fit_settings(facts, sampler_name(sampler))
+        self.context = self._context()
         self.features = self._features()
-        self.space = SlopeSpace if isinstance(self.settings.plan, MixSettings) else OutputSpace
-        self.clock = Clock(sigmas.tolist())
+        self.space = SlopeSpace if isinstance(settings.controller, MixSettings) else OutputSpace
+        self.clock = Clock(setup.sigmas)
         self.started = self.evaluation_started = time.perf_counter()
-        self.scopes, self.passes, self.seen, self.ahead = {}, {}, Counter(), []
-        self.evaluation = self.record = self.reference = None
-        self.reused, self.kinds, self.trying, self.trials = set(), set(), False, 0
-        self.full_rows, self.guided, self.alone = 0, False, False
+        self.regions: dict[Window, Engine] = {}
+        self.passes: set[Window] = set()
+        self.evaluation: Evaluation | None = None
+        self.record: EvaluationRecord | None = None
+        self.full_rows, self.guided, self.probes = 0, False, 0
 
-    def begin(self, timestep):
+    def begin(self, timestep: torch.Tensor) -> None:
         """A new evaluation starts; timestep: [batch] sigmas."""
         self._close_evaluation()
         sigma = self._sigma(timestep)
         self.evaluation = self.clock.tick(sigma)
         self.record = EvaluationRecord(self.evaluation.ordinal, sigma, {})
         self.report.evaluations.append(self.record)
-        self.passes, self.seen = {}, Counter()
-        self.planned = self.plan.at(self.evaluation) if self.plan else None
+        self.passes.clear()
         if self.features:
-            self.features.begin(self.evaluation, self.planned and self.planned.action in REUSING)
+            self.features.begin(self.evaluation)
 
-    def first_pass(self, model_options):
+    def done(self, x: torch.Tensor, denoised: torch.Tensor) -> None:
+        """The evaluation at latent `x` gave the guided `denoised`, both [batch, ...]."""
+        if self.observer and self.evaluation:
+            self.observer.done(self.evaluation, x, denoised)
+
+    def first_pass(self, options: dict[str, Any]) -> bool:
         """True for the pass that guidance itself asks for, False for what other nodes add to it.
 
-        Skip-layer, perturbed and self-attention guidance run the network again within the same
-        evaluation, with other blocks or another latent: those passes are left alone.
+        Skip-layer, perturbed and self-attention guidance run the network again within the same evaluation, with other
+        blocks or another latent: those passes are left alone. options: the model's.
         """
-        window = window_of(model_options["transformer_options"])
-        self.passes[window] = self.passes.get(window, 0) + 1
-        return self.passes[window] == 1
+        window = window_of(options["transformer_options"])
+        first = self.evaluation is not None and window not in self.passes
+        self.passes.add(window)
+        return first
 
-    def evaluate(self, run_branches, conds, x, timestep, model_options):
-        """Denoised outputs of all branches, computed or not; see Scope.evaluate.
+    def evaluate(self, call: BranchesCall) -> list[torch.Tensor]:
+        """Denoised latents of all branches, computed or not; see Engine.evaluate."""
+        assert self.evaluation is not None
+        window, evaluation = window_of(call.options["transformer_options"]), self.evaluation
+        pass_ = self._pass(call, evaluation)
+        if self.observer:
+            self.observer.check(pass_, window)
+        if pass_ is None:
+            self.report.note(messages.NO_REFERENCE)
+            return call.run(call.conds)
+        network = HostNetwork(call, self.features, keeps_reference_only(self.settings))
+        outcome = self._region(window).evaluate(pass_, network)
+        self._record(outcome, pass_)
+        return outcome.outputs
 
-        timestep: [batch] sigmas.
-        """
-        reference = reference_branch(conds, self.guider.conds)
-        if reference is None:
-            self.report.note("the positive conditioning of this guider was not found: nothing is skipped")
-            return run_branches(conds)
-        self.reference = reference
-        window = window_of(model_options["transformer_options"])
-        self.ahead = keys_ahead(conds, window, x.shape, self.evaluation.sigma)
-        scope = self._scope(window)
-        space = self.space(self.model_sampling, timestep, x)
+    def count(self, rows: int) -> None:
+        """`rows` entered the network."""
+        if self.record:
+            self.record.rows += rows
 
-        def run_chosen(chosen, reuse=None, trial=False):
-            self.alone = not any(c for i, c in enumerate(chosen) if i != reference)
-            if not self._begin_passes(reuse, trial, model_options["transformer_options"]):
-                return None, set()
-            return run_branches(chosen), self.kinds
-
-        outputs, actions = scope.evaluate(self.evaluation, run_chosen, conds, reference, x, space, self.planned)
-        self.guided |= len(actions) > 1
-        for i, action in actions.items():
-            reused = action == Action.FULL and i in self.reused
-            self._note_action(branch_name(i, reference, len(conds)), Action.REUSE if reused else action)
-        return outputs
-
-    def apply_model(self, executor, args, kwargs):
-        """Run the network once for one batch of chunks, with features from the cache if due.
-
-        args: x, t, c_concat, c_crossattn, control, transformer_options.
-        """
-        self.record.rows += 0 if self.trying else args[0].shape[0]
-        window = window_of(args[5])
-        if self.features is None or self.passes.get(window) != 1:
-            return executor(*args, **kwargs)
-        branches = branch_keys(args[5], window, args[0].shape, self.seen)
-        # A difference is only worth keeping between branches computed alike, however the host batches them;
-        # features of a branch that is mostly estimated would go stale before they are of use.
-        together = self.plan or self.settings.auto or not self.settings.guidance
-        alike = self.alone or together
-        is_kept = lambda branch: not self.trying and (together or branch[1] == self.reference)
-        kept = [branch if is_kept(branch) else None for branch in branches]
-        output, reused = self.features.run(executor, args, kwargs, branches, kept, alike,
-                                           [branch for branch in self.ahead if is_kept(branch)])
-        if reused:
-            self.reused.update(branch[1] for branch in branches)
-            self.kinds |= reused
-        return output
-
-    def close(self):
+    def close(self) -> None:
         """End the run: drop every tensor, finish the report."""
         self._close_evaluation()
         if self.features:
-            self._close_features()
-        self._explain()
+            self._close_features(self.features)
+        if self.observer:
+            self.observer.closed()
+        if not self._lost:
+            self._explain()
         self.report.seconds = time.perf_counter() - self.started
-        self.scopes, self.features, self.guider = {}, None, None
+        self.regions, self.features, self.observer = {}, None, None
 
-    def _begin_passes(self, reuse, trial, options):
-        """Begin to run branches, see Scope.evaluate; False where nothing can be tried."""
-        self.reused, self.kinds, self.trying = set(), set(), trial
-        if self.features and reuse is not None:
-            self.seen = Counter()
-            self.features.begin(self.evaluation, reuse)
-            if trial and not self.features.reusable(self.ahead, options):
-                return False
-        self.trials += trial
-        return True
+    def _context(self) -> RunContext:
+        setup, settings, sampling = self.setup, self.settings, self.setup.model_sampling
+        timestep = flow_timestep
+        if not isinstance(sampling, CONST):
+            timestep = lambda sigma: float(sampling.timestep(sampling.sigmas.new_tensor(sigma)))
+        return RunContext(
+            sampling.percent_to_sigma,
+            setup.guidance_scale,
+            setup.solver or Solver(),
+            setup.sigmas,
+            timestep,
+            late=is_compiled(setup.guider.model_patcher),
+            predicts=settings.output is not None,
+            estimates=settings.difference is not None,
+            reuses=settings.reuse is not None,
+        )
 
-    def _sigma(self, timestep):
+    def _features(self) -> FeaturePass | None:
+        """What reuses features in this run, None when nothing does."""
+        reuse = self.settings.reuse
+        if reuse is None:
+            return None
+        if isinstance(self.settings.controller, AdaptiveSettings):
+            reuse = reuse.within(LONGEST_REUSE + 1)
+        return FeaturePass(reuse, self.setup.guider.model_patcher, self.setup.model_sampling.percent_to_sigma)
+
+    def _sigma(self, timestep: torch.Tensor) -> float:
         """The sigma as a float, without waiting for the device where the sampler's next one is known."""
         following = self.clock.ordinal + 1
-        if self.walks_grid and following < len(self.clock.grid):
+        if self.setup.solver and self.setup.solver.walks_grid and following < len(self.clock.grid):
             return self.clock.grid[following]
         return float(timestep.flatten()[0])
 
-    def _explain(self):
-        """Say why nothing was skipped, if nothing was."""
-        chosen = self.settings
-        if chosen.guidance and not self.guided:
-            self.report.note("no unconditional pass to skip: cfg is 1.0, there is no negative, or another "
-                             "node runs it by itself")
-        able = chosen.jump or chosen.reuse or (chosen.guidance and self.guided)
-        if able and not self._skipped():
-            self.report.note(self._why_nothing())
-
-    def _why_nothing(self):
-        """Why nothing was skipped although something could have been."""
-        chosen = self.settings
-        if not (chosen.gate or chosen.auto):
-            return "nothing was skipped: the interval, the window or the few steps left nothing to skip"
-        left = chosen.auto and not (self.solver or self.features)
-        more = "; feature_reuse may still find something to save" if left else ""
-        return ("the forecasts of this run were not good enough to skip anything: too few steps, or too much "
-                f"change between them{more}")
-
-    def _fit_settings(self, facts, sampler):
-        """Have the automatic mode ask for no less than is to be had, and reuse features only where that helps.
-
-        facts: SamplerFacts of the `sampler` of this name, or None.
-        """
-        chosen, at_least = self.settings, least(self.solver, bool(facts and facts.noise))
-        if chosen.auto and chosen.auto.closeness < at_least:
-            self.settings = replace(chosen, auto=replace(chosen.auto, closeness=at_least))
-            if chosen.guidance or chosen.jump:
-                self.report.note(f"{chosen.auto.closeness:g} dB counts as {at_least:g} dB with sampler {sampler}: "
-                                 "below that, its forecasts are not reliable")
-        if chosen.auto and self.solver and chosen.reuse:
-            self.settings = replace(self.settings, reuse=None)
-            self.report.note(f"with sampler {sampler} whole steps are skipped, which was closer at the same cost than "
-                             "reused features: none are kept")
-
-    def _skipped(self):
-        return any({*record.actions.values()} - {Action.FULL.value} for record in self.report.evaluations)
-
-    def _scope(self, window):
-        stale = [w for w, s in self.scopes.items() if self.evaluation.ordinal - s.used_at > SCOPE_LIFE]
-        for key in stale:
-            del self.scopes[key]
-        if window not in self.scopes:
-            percent_to_sigma = self.model_sampling.percent_to_sigma
-            self.scopes[window] = Scope(self.settings, percent_to_sigma, guidance_scale(self.guider), self.solver,
-                                        is_compiled(self.guider.model_patcher))
-        return self.scopes[window]
-
-    def _features(self):
-        """What reuses features in this run, None when nothing does."""
-        if self.settings.reuse is None or (self.plan and not self.plan.reuses):
+    def _pass(self, call: BranchesCall, evaluation: Evaluation) -> Pass | None:
+        """The pass of an evaluation, None where the branch that others are estimated from is not known."""
+        reference = reference_branch(call.conds, self.setup.guider.conds)
+        if reference is None:
             return None
-        reuse = self.settings.reuse.within(LONGEST_REUSE + 1) if self.settings.auto else self.settings.reuse
-        return Features(reuse, self.guider.model_patcher, self.model_sampling.percent_to_sigma)
+        active = active_branches(call.conds, evaluation.sigma)
+        space = self.space(self.setup.model_sampling, call.timestep, call.x)
+        same = fingerprint(call.conds, evaluation.sigma, call.x)
+        return Pass(evaluation, call.conds, reference, active, call.x, space, same)
 
-    def _close_features(self):
-        """Hand the memory back, and tell what was kept in it."""
-        plan = self.report.run["features"] = self.features.close()
-        for reason in self.features.notes:
-            self.report.note(reason)
-        if not plan["sites"]:
-            self.settings = replace(self.settings, reuse=None)
-        elif self.settings.auto:
-            self._tell_trials()
+    def _region(self, window: Window) -> Engine:
+        assert self.evaluation is not None
+        now = self.evaluation.ordinal
+        self.regions = {w: engine for w, engine in self.regions.items() if now - engine.used_at <= REGION_LIFE}
+        if window not in self.regions:
+            self.regions[window] = Engine(self.settings, self.context, self.observer)
+        return self.regions[window]
 
-    def _tell_trials(self):
-        """Say what the automatic mode made of the features that it had."""
-        if self.trials:
-            self.report.note(f"features were tried {self.trials} times, by running what was computed once more with "
-                             "features from the cache")
-        if not any(Action.REUSE in record.actions.values() for record in self.report.evaluations):
-            self.report.note("features were kept but not reused: " + (
-                "with them the picture would not be as close as asked for" if self.trials else
-                "there were too few steps to try them"))
+    def _record(self, outcome: Outcome, pass_: Pass) -> None:
+        """Put what an evaluation did into the report; of windows that differ, what ran most."""
+        assert self.record is not None
+        self.guided |= len(outcome.actions) > 1
+        self.record.probe_rows += outcome.probe_rows
+        self.probes += outcome.probe_rows > 0
+        for i, action in outcome.actions.items():
+            name = branch_name(i, pass_.reference, len(pass_.branches))
+            before = self.record.actions.get(name)
+            self.record.actions[name] = fuller(action, Action(before) if before else None).value
 
-    def _note_action(self, name, action):
-        # Windows of one evaluation may differ; the one that ran most is told.
-        known = self.record.actions.get(name)
-        if known is None or ACTIONS.index(action) < ACTIONS.index(Action(known)):
-            self.record.actions[name] = action.value
-
-    def _close_evaluation(self):
+    def _close_evaluation(self) -> None:
         now = time.perf_counter()
         if self.record is not None:
-            self.record.seconds = now - self.evaluation_started
-            if set(self.record.actions.values()) <= {Action.FULL.value, Action.REUSE.value, Action.MIX.value}:
-                self.full_rows = self.record.rows
-            self.record.rows_full = max(self.full_rows, self.record.rows)
-            self.report.note_memory([*self.scopes.values(), *([self.features] if self.features else [])])
+            record, actions = self.record, {Action(action) for action in self.record.actions.values()}
+            record.seconds = now - self.evaluation_started
+            computed = record.rows - record.probe_rows
+            if not actions & {Action.ESTIMATE, Action.PREDICT}:
+                self.full_rows = computed
+            record.rows_full = max(self.full_rows, computed)
+            self.report.note_memory([*self.regions.values(), *([self.features] if self.features else [])])
         self.record = None
         self.evaluation_started = now
 
+    def _close_features(self, features: FeaturePass) -> None:
+        """Hand the memory back, and report what was kept in it."""
+        plan = self.report.run["features"] = features.close()
+        if self._lost:
+            return
+        for reason in features.notes:
+            self.report.note(reason)
+        if not plan["sites"]:
+            self.settings = replace(self.settings, reuse=None)
+        elif isinstance(self.settings.controller, AdaptiveSettings):
+            if self.probes:
+                self.report.note(messages.probed(self.probes))
+            if not any(Action.REUSE in record.actions.values() for record in self.report.evaluations):
+                self.report.note(messages.features_not_reused(self.probes > 0))
 
-def guidance_scale(guider):
-    """The largest scale by which a guider multiplies differences between its branches."""
-    return max(getattr(guider, name, 1.0) for name in ("cfg", "cfg1", "cfg2"))
+    @property
+    def _lost(self) -> bool:
+        """True when the positive conditioning was never found, which explains everything else."""
+        return messages.NO_REFERENCE in self.report.notes and not self.regions
+
+    def _explain(self) -> None:
+        """Say why nothing was skipped, if nothing was."""
+        settings = self.settings
+        if settings.difference and not self.guided:
+            self.report.note(messages.NO_UNCOND)
+        able = settings.output or settings.reuse or (settings.difference and self.guided)
+        skipped = any({*r.actions.values()} - {Action.COMPUTE.value} for r in self.report.evaluations)
+        if able and not skipped:
+            controller, solver = settings.controller, self.setup.solver
+            adaptive = isinstance(controller, AdaptiveSettings)
+            uses_errors = adaptive or (isinstance(controller, IntervalSettings) and controller.tolerance is not None)
+            corrects = solver is not None and solver.corrects
+            may_help = adaptive and not (corrects or settings.reuse)
+            self.report.note(messages.nothing_skipped(uses_errors, may_help))
 
 
-def describe(settings, guider, sampler, sigmas):
+def describe(settings: CacheSettings, setup: RunSetup) -> dict[str, Any]:
     """The `run` part of a report: which model, sampler and sigmas, under which settings."""
-    return {"model": type(guider.model_patcher.model).__name__, "settings": settings.label,
-            "sampler": sampler_name(sampler), "steps": len(sigmas) - 1,
-            "cfg": getattr(guider, "cfg", None), "sigmas": [round(s, 6) for s in sigmas.tolist()]}
+    return {
+        "model": type(setup.guider.model_patcher.model).__name__,
+        "settings": settings.label,
+        "sampler": setup.sampler_name,
+        "steps": len(setup.sigmas) - 1,
+        "cfg": setup.cfg,
+        "sigmas": [round(s, 6) for s in setup.sigmas],
+    }

@@ -1,4 +1,5 @@
 """Nodes of the test bed: prompts, pictures and clips of the small emoji models."""
+
 import comfy.latent_formats
 from comfy_api.latest import ComfyExtension, io
 
@@ -52,8 +53,8 @@ class EmojiPrompt(io.ComfyNode):
             node_id="EmojiPrompt",
             display_name="Emoji Prompt",
             category="testbed",
-            description="One prompt per line, such as \"red apple on blue and pink\"; for emoji_wan with a motion: "
-                        "\"red apple moving left on blue\". Empty text is the null prompt.",
+            description='One prompt per line, such as "red apple on blue and pink"; for emoji_wan with a motion: '
+            '"red apple moving left on blue". Empty text is the null prompt.',
             inputs=[io.String.Input("prompts", multiline=True, default="red apple on blue"), whose(CODECS)],
             outputs=[io.Conditioning.Output("conditioning")],
         )

@@ -1,4 +1,5 @@
 """The emoji codecs: prompts to embeddings, pictures or clips to latents and back."""
+
 import json
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def clips_of(cells):
 
 class Codec:
     """A vocabulary with its embedding table [V,D] and a linear picture code of 48 to C numbers."""
+
     cut, join = staticmethod(blocks), staticmethod(unblocks)
 
     def __init__(self, vocabulary, table, mean, encoder, decoder):
@@ -65,7 +67,7 @@ class Codec:
         """The codec stored in one safetensors file."""
         with safe_open(path, framework="pt") as file:
             vocabulary = json.loads(file.metadata()["vocabulary"])
-            tensors = {key: file.get_tensor(key).float() for key in file.keys()}
+            tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a mapping)
         return cls(vocabulary, **tensors)
 
     def save(self, path):
@@ -99,6 +101,7 @@ class ClipCodec(Codec):
 
     Tokens are as wide as Wan's text encoder makes them, zeros after the first D numbers.
     """
+
     cut, join = staticmethod(clip_cells), staticmethod(clips_of)
 
     def embed(self, tokens):

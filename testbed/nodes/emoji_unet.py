@@ -1,5 +1,7 @@
 """The small UNet: the host's SD 1.5 classes with other numbers, which its loader would not accept."""
+
 import functools
+from typing import Any, ClassVar
 
 import comfy.latent_formats
 import comfy.model_patcher
@@ -11,18 +13,33 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 CONFIG = {
-    "image_size": 32, "in_channels": 16, "out_channels": 16, "model_channels": 64, "channel_mult": [1, 2],
-    "num_res_blocks": [1, 1], "transformer_depth": [0, 1], "transformer_depth_output": [0, 0, 1, 1],
-    "transformer_depth_middle": 1, "context_dim": 128, "num_heads": -1, "num_head_channels": 32,
-    "use_spatial_transformer": True, "use_linear_in_transformer": False, "legacy": False, "use_checkpoint": False,
-    "adm_in_channels": None, "use_temporal_resblock": False, "use_temporal_attention": False,
+    "image_size": 32,
+    "in_channels": 16,
+    "out_channels": 16,
+    "model_channels": 64,
+    "channel_mult": [1, 2],
+    "num_res_blocks": [1, 1],
+    "transformer_depth": [0, 1],
+    "transformer_depth_output": [0, 0, 1, 1],
+    "transformer_depth_middle": 1,
+    "context_dim": 128,
+    "num_heads": -1,
+    "num_head_channels": 32,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": False,
+    "legacy": False,
+    "use_checkpoint": False,
+    "adm_in_channels": None,
+    "use_temporal_resblock": False,
+    "use_temporal_attention": False,
 }
 
 
 class EmojiUNet(comfy.supported_models.SD15):
     """SD 1.5 (noise prediction, its beta schedule) with latents of 16 channels."""
+
     latent_format = comfy.latent_formats.SD3
-    unet_extra_config = {}
+    unet_extra_config: ClassVar[dict[str, Any]] = {}
 
     def inpaint_model(self):
         """More than four channels mean no mask here."""

@@ -1,4 +1,5 @@
 """Train the small SD3 MMDiT, a flow model of pictures."""
+
 import math
 
 import data
@@ -20,12 +21,21 @@ def positions(side, width):
 def build():
     """A fresh model; every block starts as the identity and the output as zero."""
     from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
+
     hidden = 64 * DEPTH
     embedder = {"target": "torch.nn.Linear", "params": {"in_features": WIDTH, "out_features": hidden}}
     model = OpenAISignatureMMDITWrapper(
-        input_size=None, patch_size=2, in_channels=CHANNELS, depth=DEPTH, num_patches=(SIDE // 2) ** 2,
-        pos_embed_max_size=SIDE // 2, qk_norm="rms", adm_in_channels=WIDTH, context_embedder_config=embedder,
-        operations=torch.nn)
+        input_size=None,
+        patch_size=2,
+        in_channels=CHANNELS,
+        depth=DEPTH,
+        num_patches=(SIDE // 2) ** 2,
+        pos_embed_max_size=SIDE // 2,
+        qk_norm="rms",
+        adm_in_channels=WIDTH,
+        context_embedder_config=embedder,
+        operations=torch.nn,
+    )
     for name, weight in model.named_parameters():
         if "adaLN" in name or name.startswith("final_layer"):
             torch.nn.init.zeros_(weight)

@@ -1,4 +1,5 @@
 """What every model of the test bed shares in training: processes, loop, rate, averages, files, picture codes."""
+
 import argparse
 import csv
 import math
@@ -33,13 +34,14 @@ class Recipe:
     build() gives a fresh model, once the host can be imported; batch(emoji, count, generator) gives
     pictures [count, ...] and their prompts; loss(model, codec, pictures, prompts, generator) a scalar.
     """
+
     name: str
     build: Callable
     loss: Callable
     batch: Callable
-    words: tuple = ()                   # of captions, beside data.vocabulary's
+    words: tuple = ()  # of captions, beside data.vocabulary's
     codec: type = emoji.Codec
-    channels: int = 16                  # of the latents
+    channels: int = 16  # of the latents
 
 
 def options(name):
@@ -62,6 +64,7 @@ def use_host(folder):
     sys.path.insert(0, folder)
     sys.argv = [sys.argv[0], "--cpu", "--use-pytorch-cross-attention"]
     import comfy.options
+
     comfy.options.enable_args_parsing()
 
 
@@ -70,8 +73,8 @@ def linear_code(rows, channels):
     mean = rows.mean(0)
     values, basis = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
     values, basis = values[-channels:].flip(0), basis[:, -channels:].flip(1)
-    scale = values ** -0.25
-    scale = scale / (values * scale ** 2).mean().sqrt()
+    scale = values**-0.25
+    scale = scale / (values * scale**2).mean().sqrt()
     return mean, basis * scale, (basis / scale).T.contiguous()
 
 
@@ -131,7 +134,7 @@ def load(folder, recipe, model):
     """Give the model its weights of an earlier run; returns that run's codec."""
     weights, text = files(folder, recipe.name)
     with safe_open(weights, "pt") as file:
-        model.load_state_dict({key: file.get_tensor(key).float() for key in file.keys()})
+        model.load_state_dict({key: file.get_tensor(key).float() for key in file.keys()})  # noqa: SIM118 (not a mapping)
     return recipe.codec.load(text)
 
 
@@ -190,7 +193,7 @@ def train(rank, recipe, args, store):
         codec = load(args.resume, recipe, model)
     codec.table.requires_grad_()
     names = [name for name, _ in model.named_parameters()]
-    weights = list(model.parameters()) + [codec.table]
+    weights = [*model.parameters(), codec.table]
     optimizer = torch.optim.AdamW(weights, args.rate, (0.9, 0.98), weight_decay=0.01, fused=True)
     generator = torch.Generator().manual_seed(args.seed * 1000 + rank + 1)
     step = partial(descend, args, recipe, torch.compile(model), codec, pictures, optimizer, generator)

@@ -1,4 +1,5 @@
 """Train the small UNet of the SD 1.x style, which predicts the noise of pictures."""
+
 import data
 import torch
 from training import Recipe, main
@@ -16,8 +17,11 @@ def copy_input(model):
     enter, leave = model.input_blocks[0][0], model.out[2]
     across = model.output_blocks[-1][0].skip_connection
     count, offset = 2 * enter.in_channels, across.in_channels - enter.out_channels
-    for weight, bias in ((enter.weight[:count], enter.bias[:count]), (leave.weight, leave.bias),
-                         (across.weight[:count], across.bias[:count])):
+    for weight, bias in (
+        (enter.weight[:count], enter.bias[:count]),
+        (leave.weight, leave.bias),
+        (across.weight[:count], across.bias[:count]),
+    ):
         torch.nn.init.zeros_(weight)
         torch.nn.init.zeros_(bias)
     for i in range(count):
@@ -30,6 +34,7 @@ def copy_input(model):
 def build():
     """A fresh model; every block starts as the identity and the network as well."""
     import emoji_unet  # needs the host
+
     model = emoji_unet.network(torch.float32)
     for name, module in model.named_modules():
         for kind in (torch.nn.Linear, torch.nn.Conv2d, torch.nn.GroupNorm, torch.nn.LayerNorm):
@@ -49,14 +54,15 @@ def loss(model, codec, pictures, prompts, generator):
     That weight is 1 + sigma^2: the plain error asks little of the first steps, which decide what is drawn.
     """
     import emoji_unet  # needs the host
+
     x0, sigmas = codec.encode(pictures), emoji_unet.model_sampling().sigmas
     step = torch.randint(len(sigmas), (len(x0),), generator=generator)
     noise = torch.randn(x0.shape, generator=generator)
     s = sigmas[step].view(-1, 1, 1, 1)
     context, _ = codec.embed(codec.tokens(prompts))
     with torch.autocast("cpu", torch.bfloat16):
-        found = model((x0 + s * noise) / (s ** 2 + 1) ** 0.5, step.float(), context=context)
-    weight = (1 + s ** 2).clamp_max(LARGEST_WEIGHT)
+        found = model((x0 + s * noise) / (s**2 + 1) ** 0.5, step.float(), context=context)
+    weight = (1 + s**2).clamp_max(LARGEST_WEIGHT)
     return (weight * (found.float() - noise).square()).mean() / weight.mean()
 
 

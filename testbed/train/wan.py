@@ -1,4 +1,5 @@
 """Train the small Wan model, a flow model of clips."""
+
 import data
 import torch
 from training import Recipe, emoji, flow_loss, main
@@ -9,8 +10,17 @@ DIM, HEADS, FFN, LAYERS, CHANNELS, SHIFT = 256, 2, 1024, 6, 48, 8.0
 def build():
     """A fresh model; every block starts as the identity and the output as zero."""
     from comfy.ldm.wan.model import WanModel
-    model = WanModel(dim=DIM, num_heads=HEADS, ffn_dim=FFN, num_layers=LAYERS, in_dim=CHANNELS,
-                     out_dim=CHANNELS, text_dim=emoji.WIDE, operations=torch.nn)
+
+    model = WanModel(
+        dim=DIM,
+        num_heads=HEADS,
+        ffn_dim=FFN,
+        num_layers=LAYERS,
+        in_dim=CHANNELS,
+        out_dim=CHANNELS,
+        text_dim=emoji.WIDE,
+        operations=torch.nn,
+    )
     for name, weight in model.named_parameters():
         if "time_projection" in name or "head.head" in name or "modulation" in name or "cross_attn.o" in name:
             torch.nn.init.zeros_(weight)

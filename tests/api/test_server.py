@@ -1,4 +1,5 @@
 """The server that demo and tests start: what it says when it fails, and that nothing stays behind."""
+
 import socket
 import subprocess
 import sys
@@ -6,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from testbed.server import ROOT, Host, HostError
 
 PARENT = """

@@ -1,10 +1,12 @@
 """The shipped workflows on a real, headless server, as a program posts them."""
+
 import copy
 import io
 import json
 
 import pytest
 from PIL import Image
+
 from testbed.server import ROOT, HostError
 
 WORKFLOWS = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "tests" / "workflows").glob("*.json"))}
@@ -29,8 +31,7 @@ def on_testbed(workflow):
 
 def find(graph, kind, title=None):
     """The one node of a class, or of a class and title."""
-    [node] = [node for node in graph.values()
-              if node["class_type"] == kind and title in (None, node["_meta"]["title"])]
+    [node] = [node for node in graph.values() if node["class_type"] == kind and title in (None, node["_meta"]["title"])]
     return node
 
 
@@ -49,8 +50,11 @@ def with_seed(seed):
 
 
 def pictures(host, outputs):
-    return [Image.open(io.BytesIO(host.image(ref))).convert("RGB")
-            for _, output in sorted(outputs.items()) for ref in output.get("images", [])]
+    return [
+        Image.open(io.BytesIO(host.image(ref))).convert("RGB")
+        for _, output in sorted(outputs.items())
+        for ref in output.get("images", [])
+    ]
 
 
 def totals(outputs):
@@ -76,12 +80,15 @@ def test_another_seed_samples_again_and_counts_afresh(host):
     assert pictures(host, first)[0].tobytes() == pictures(host, again)[0].tobytes()
 
 
-@pytest.mark.parametrize("inputs, words", [
-    ({"preset": "nonsense"}, ["FasterCache", "preset", "nonsense"]),
-    ({"start_percent": 2.0}, ["FasterCache", "start_percent", "1.0"]),
-    ({"start_percent": 0.9, "end_percent": 0.5}, ["FasterCache", "start_percent", "end_percent"]),
-    ({"model": ["5", 0]}, ["FasterCache", "model", "LATENT"]),
-])
+@pytest.mark.parametrize(
+    "inputs, words",
+    [
+        ({"preset": "nonsense"}, ["FasterCache", "preset", "nonsense"]),
+        ({"start_percent": 2.0}, ["FasterCache", "start_percent", "1.0"]),
+        ({"start_percent": 0.9, "end_percent": 0.5}, ["FasterCache", "start_percent", "end_percent"]),
+        ({"model": ["5", 0]}, ["FasterCache", "model", "LATENT"]),
+    ],
+)
 def test_a_wrong_input_is_named(host, inputs, words):
     with pytest.raises(HostError) as error:
         host.run(demo(**inputs))

@@ -1,15 +1,28 @@
 """A browser with ComfyUI's page in it, to see and do what a person sees and does."""
+
 import json
 import shutil
 
 import pytest
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync"]
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False,
-            "Comfy.Graph.CanvasMenu": False, "Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en",
-            "LiteGraph.Canvas.MinFontSizeForLOD": 0}
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Graph.CanvasInfo": False,
+    "Comfy.Graph.CanvasMenu": False,
+    "Comfy.VueNodes.Enabled": False,
+    "Comfy.Locale": "en",
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,
+}
 SIZE = {"width": 1600, "height": 900}
 PATIENCE = 120_000  # milliseconds; a busy machine is slow
 
@@ -57,14 +70,17 @@ class Editor:
 
     def add(self, *types):
         """Start an empty workflow with one node of each type."""
-        self.page.evaluate("""(types) => {
+        self.page.evaluate(
+            """(types) => {
             app.graph.clear();
             types.forEach((type, i) => {
                 const node = LiteGraph.createNode(type);
                 node.pos = [380 * (i % 4), 420 * Math.floor(i / 4)];
                 app.graph.add(node);
             });
-        }""", types)
+        }""",
+            types,
+        )
         self.fit()
 
     def fit(self):
@@ -87,10 +103,13 @@ class Editor:
 
     def set(self, title, **values):
         """Type values into the widgets of the nodes with this title."""
-        self.page.evaluate("""([title, values]) => {
+        self.page.evaluate(
+            """([title, values]) => {
             for (const node of app.graph.nodes.filter((node) => node.title === title))
                 for (const widget of node.widgets) widget.value = values[widget.name] ?? widget.value;
-        }""", [title, values])
+        }""",
+            [title, values],
+        )
 
     def run(self):
         """Press "Run" and wait for the end."""
@@ -126,8 +145,10 @@ def chromium():
 @pytest.fixture(scope="module")
 def open_editor(chromium, host):
     """Opens the page: open_editor({setting: value}) -> Editor."""
+
     def open_page(settings=()):
         return Editor(chromium.new_page(viewport=SIZE), host, dict(settings))
+
     return open_page
 
 

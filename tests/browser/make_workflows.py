@@ -4,6 +4,7 @@
 
 Run it after changing a graph below, or the inputs of a node.
 """
+
 import json
 import uuid
 from pathlib import Path
@@ -42,8 +43,18 @@ def note(at, size, text):
 
 def sampler(at, title, model, seed, **inputs):
     """A KSampler on the outputs of the nodes `positive`, `negative` and `latent`."""
-    return node("KSampler", at, title=title, model=model, seed=seed, control_after_generate="fixed",
-                positive=("positive", 0), negative=("negative", 0), latent_image=("latent", 0), **inputs)
+    return node(
+        "KSampler",
+        at,
+        title=title,
+        model=model,
+        seed=seed,
+        control_after_generate="fixed",
+        positive=("positive", 0),
+        negative=("negative", 0),
+        latent_image=("latent", 0),
+        **inputs,
+    )
 
 
 DEMO_NOTE = """\
@@ -80,12 +91,18 @@ def demo():
     return {
         "note": note([0, 0], [340, 330], DEMO_NOTE),
         "load": node("UNETLoader", [0, 380], size=[340, 82], unet_name="emoji_mmdit.safetensors"),
-        "positive": node("EmojiPrompt", [0, 510], title="Positive", size=[340, 120],
-                         prompts="red apple on blue\ncookie on yellow\nred heart on teal\npanda face on purple"),
+        "positive": node(
+            "EmojiPrompt",
+            [0, 510],
+            title="Positive",
+            size=[340, 120],
+            prompts="red apple on blue\ncookie on yellow\nred heart on teal\npanda face on purple",
+        ),
         "negative": node("EmojiPrompt", [0, 680], title="Negative", size=[340, 90], prompts=""),
         "latent": node("EmptySD3LatentImage", [0, 820], size=[340, 106], width=128, height=128, batch_size=4),
-        "seed": node("PrimitiveInt", [0, 980], title="Seed for both", size=[340, 82], value=20,
-                     control_after_generate="fixed"),
+        "seed": node(
+            "PrimitiveInt", [0, 980], title="Seed for both", size=[340, 82], value=20, control_after_generate="fixed"
+        ),
         "cache": node("FasterCache", [400, 0], size=[300, 350], model=("load", 0)),
         "sample": sampler([760, 0], "With FasterCache", ("cache", 0), ("seed", 0), **sampling),
         "sample full": sampler([760, 560], "In full", ("load", 0), ("seed", 0), **sampling),
@@ -94,8 +111,9 @@ def demo():
         "ours": node("PreviewImage", [1360, 0], title="With FasterCache", size=[420, 500], images=("decode", 0)),
         "full": node("PreviewImage", [1360, 560], title="In full", size=[420, 500], images=("decode full", 0)),
         "report": node("FasterCacheReport", [1840, 0], size=[520, 500], model=("cache", 0), latent=("sample", 0)),
-        "compare": node("FasterCacheCompare", [1840, 560], size=[520, 260], reference=("decode full", 0),
-                        other=("decode", 0)),
+        "compare": node(
+            "FasterCacheCompare", [1840, 560], size=[520, 260], reference=("decode full", 0), other=("decode", 0)
+        ),
         "difference": node("PreviewImage", [1840, 870], title="Difference", size=[520, 190], images=("compare", 2)),
     }
 
@@ -107,8 +125,14 @@ def text_to_image(checkpoint, model, latent, sampling, prefix, between=()):
         "load": node("CheckpointLoaderSimple", [0, 400], size=[360, 98], ckpt_name=checkpoint),
         **dict(between),
         "positive": node("CLIPTextEncode", [420, 400], title="Positive", size=[360, 140], clip=("load", 1), text=PHOTO),
-        "negative": node("CLIPTextEncode", [420, 600], title="Negative", size=[360, 110], clip=("load", 1),
-                         text="blurry, low quality"),
+        "negative": node(
+            "CLIPTextEncode",
+            [420, 600],
+            title="Negative",
+            size=[360, 110],
+            clip=("load", 1),
+            text="blurry, low quality",
+        ),
         "latent": node(latent, [420, 770], size=[360, 106], width=1024, height=1024, batch_size=1),
         "cache": node("FasterCache", [840, 0], size=[300, 350], model=model),
         "sample": sampler([1200, 400], None, ("cache", 0), 20, denoise=1.0, **sampling),
@@ -128,8 +152,14 @@ def sd35():
     """Stable Diffusion 3.5."""
     sampling = {"steps": 30, "cfg": 4.5, "sampler_name": "euler", "scheduler": "sgm_uniform"}
     shift = node("ModelSamplingSD3", [420, 0], size=[360, 58], model=("load", 0), shift=3.0)
-    return text_to_image("sd3.5_large_fp8_scaled.safetensors", ("shift", 0), "EmptySD3LatentImage", sampling,
-                         "FasterCache", [("shift", shift)])
+    return text_to_image(
+        "sd3.5_large_fp8_scaled.safetensors",
+        ("shift", 0),
+        "EmptySD3LatentImage",
+        sampling,
+        "FasterCache",
+        [("shift", shift)],
+    )
 
 
 def auto_fr():
@@ -140,14 +170,35 @@ def auto_fr():
     return {
         "note": note([0, 0], [360, 440], FIND_NOTE.format(file=f"`{checkpoint}`")),
         "load": node("CheckpointLoaderSimple", [0, 500], size=[360, 98], ckpt_name=checkpoint),
-        "typical": node("CLIPTextEncode", [420, 0], title="A typical prompt", size=[360, 140], clip=("load", 1),
-                        text="a market street in the rain, people with umbrellas, reflections, detailed photograph"),
+        "typical": node(
+            "CLIPTextEncode",
+            [420, 0],
+            title="A typical prompt",
+            size=[360, 140],
+            clip=("load", 1),
+            text="a market street in the rain, people with umbrellas, reflections, detailed photograph",
+        ),
         "positive": node("CLIPTextEncode", [420, 500], title="Positive", size=[360, 140], clip=("load", 1), text=PHOTO),
-        "negative": node("CLIPTextEncode", [420, 700], title="Negative", size=[360, 110], clip=("load", 1),
-                         text="blurry, low quality"),
+        "negative": node(
+            "CLIPTextEncode",
+            [420, 700],
+            title="Negative",
+            size=[360, 110],
+            clip=("load", 1),
+            text="blurry, low quality",
+        ),
         "latent": node("EmptyLatentImage", [420, 870], size=[360, 106], width=1024, height=1024, batch_size=1),
-        "find": node("FasterCacheAutoFR", [840, 0], size=[340, 430], model=("load", 0), seed=1000,
-                     control_after_generate="fixed", budget=0.5, **prompts, **sampling),
+        "find": node(
+            "FasterCacheAutoFR",
+            [840, 0],
+            size=[340, 430],
+            model=("load", 0),
+            seed=1000,
+            control_after_generate="fixed",
+            budget=0.5,
+            **prompts,
+            **sampling,
+        ),
         "cache": node("FasterCacheFRDiff", [840, 500], size=[340, 400], model=("load", 0), policy=("find", 0)),
         "sample": sampler([1240, 500], None, ("cache", 0), 20, **sampling),
         "decode": node("VAEDecode", [1580, 500], size=[210, 46], samples=("sample", 0), vae=("load", 2)),

@@ -1,4 +1,5 @@
 """ComfyUI's page with this pack, in both of its renderers."""
+
 import itertools
 import json
 from pathlib import Path
@@ -76,8 +77,7 @@ def test_workflow_loads_without_missing_nodes(editor, title):
 def test_the_api_twin_is_what_the_page_exports(editor, title):
     editor.load(workflow(title))
     _, prompt = editor.exported()
-    assert prompt == workflow(title, "tests/workflows"), \
-        "run: python dev.py test tests/browser/make_workflows.py"
+    assert prompt == workflow(title, "tests/workflows"), "run: python dev.py test tests/browser/make_workflows.py"
 
 
 def test_a_run_is_told_on_the_nodes_and_leaves_the_workflow_alone(demo):

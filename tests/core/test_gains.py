@@ -1,8 +1,9 @@
 """Gains of many features, fitted together: each feature and picture keeps its own."""
+
 import pytest
 import torch
 
-from fastercache_core.gains import PRIOR, Gains
+from fastercache_core.features.gains import PRIOR, Gains
 
 SIGMAS, SIGMA = (0.7, 0.8, 0.9), 0.6
 
@@ -59,7 +60,7 @@ def test_a_forgotten_feature_starts_anew_and_the_others_stay():
 
 
 def test_the_steps_go_to_the_parabola_through_three_outputs_as_far_as_the_usual_gains_say():
-    values = lambda sigma: 1 + 2 * sigma + 30 * sigma ** 2
+    values = lambda sigma: 1 + 2 * sigma + 30 * sigma**2
     newest, older, oldest = map(values, SIGMAS)
     near, far = Gains().steps("feature", SIGMAS, SIGMA, torch.ones(1)).flatten().tolist()
     line = newest + (newest - older)

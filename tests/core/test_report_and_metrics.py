@@ -1,4 +1,5 @@
 """What a run tells about itself, and the measures of quality."""
+
 import json
 import math
 
@@ -9,34 +10,75 @@ from fastercache_core.metrics import psnr, ssim
 from fastercache_core.report import EvaluationRecord, RunReport, full_text, short_line, summary_line
 
 
-def report():
-    records = [EvaluationRecord(0, 1.0, {"cond": "FULL", "uncond": "FULL"}, 2, 2, 0.1),
-               EvaluationRecord(1, 0.5, {"cond": "REUSE", "uncond": "ESTIMATE"}, 1, 2, 0.05),
-               EvaluationRecord(2, 0.2, {"cond": "JUMP", "uncond": "JUMP"}, 0, 2, 0.01)]
+def report() -> RunReport:
+    records = [
+        EvaluationRecord(0, 1.0, {"cond": "computed", "uncond": "computed"}, 2, 2, 0.1),
+        EvaluationRecord(1, 0.5, {"cond": "reused", "uncond": "estimated"}, 1, 2, 0.05),
+        EvaluationRecord(2, 0.2, {"cond": "predicted", "uncond": "predicted"}, 0, 2, 0.01),
+    ]
     result = RunReport({"settings": "test", "sampler": "euler"}, records, 0.16, {"cpu": 1_000_000})
     result.note("because")
     result.note("because")
     return result
 
 
+def actions_of(*evaluations: dict[str, str]) -> dict[str, int]:
+    """Evaluations by action, of records with these actions."""
+    records = [EvaluationRecord(i, 1.0, actions) for i, actions in enumerate(evaluations)]
+    return RunReport(evaluations=records).totals()["evaluations"]
+
+
 def test_totals_count_rows_and_actions():
     totals = report().totals()
-    assert totals["evaluations"] == {"FULL": 1, "ESTIMATE+REUSE": 1, "JUMP": 1}
+    assert totals["evaluations"] == {"computed": 1, "estimated+reused": 1, "predicted": 1}
     assert (totals["rows"], totals["rows_full"], totals["cost"]) == (3, 6, 0.5)
+
+
+def test_an_evaluation_counts_as_what_skipped_most_of_it():
+    assert actions_of({"cond": "computed", "uncond": "estimated"}) == {"estimated": 1}
+    assert actions_of({"cond": "reused", "uncond": "computed"}, {"cond": "mixed", "uncond": "mixed"}) == {
+        "reused": 1,
+        "mixed": 1,
+    }
+    assert actions_of({"cond": "predicted", "uncond": "mixed"}) == {"predicted": 1}
+    assert actions_of({}) == {"computed": 1}, "an evaluation of which nothing is known"
+
+
+def test_rows_of_probes_are_part_of_the_cost():
+    computed = EvaluationRecord(0, 1.0, {"cond": "computed"}, rows=4, rows_full=2, probe_rows=2)
+    predicted = EvaluationRecord(1, 0.5, {"cond": "predicted"}, rows=0, rows_full=2)
+    totals = RunReport(evaluations=[computed, predicted]).totals()
+    assert (totals["rows"], totals["probe_rows"], totals["rows_full"], totals["cost"]) == (4, 2, 4, 1.0)
 
 
 def test_report_is_json_with_its_version_first_and_each_reason_once():
     data = json.loads(json.dumps(report().as_dict()))
     assert list(data) == ["version", "run", "evaluations", "totals", "notes"]
-    assert data["notes"] == ["because"]
+    assert data["version"] == 2 and data["notes"] == ["because"]
+    assert data["evaluations"][1]["actions"] == {"cond": "reused", "uncond": "estimated"}
 
 
 def test_lines_for_people_say_what_was_skipped_and_why_not_more():
     data = report().as_dict()
-    assert short_line(data) == ("50% of the network rows run, in part at 1 of 3 evaluations "
-                                "(1 ESTIMATE+REUSE, 1 FULL, 1 JUMP)")
+    assert short_line(data) == (
+        "50% of the network rows run, in part at 1 of 3 evaluations (1 computed, 1 estimated+reused, 1 predicted)"
+    )
     assert "3 of 6 rows" in summary_line(data) and "because" in summary_line(data)
     assert full_text(data).count("\n") == 5
+
+
+def test_the_peak_of_memory_is_kept_by_device():
+    class Holder:
+        def __init__(self, *sizes: int) -> None:
+            self.held = [torch.zeros(size) for size in sizes]
+
+        def tensors(self) -> list[torch.Tensor]:
+            return self.held
+
+    run = RunReport()
+    for holders in ([Holder(10, 5), Holder(1)], [Holder(3)]):
+        run.note_memory(holders)
+    assert run.totals()["peak_cache_bytes"] == {"cpu": 16 * 4}
 
 
 def test_psnr_is_twenty_decibels_for_a_tenth_of_the_peak():

@@ -1,13 +1,22 @@
 """Dynamic feature reuse: eq. 5, its weights, and caches that never mix branches."""
+
 import pytest
 import torch
 
-from fastercache_core.clock import Evaluation, Window
-from fastercache_core.gains import SAMPLE, sample
-from fastercache_core.reuse import (PATIENCE, REUSE_WEIGHTS, ReuseCache, ReuseSettings, blend, extrapolate, reachable,
-                                    reuse_weight)
-from fastercache_core.schedule import Interval
-from fastercache_core.storage import StorageSettings
+from fastercache_core.clock import Evaluation, Interval, Window
+from fastercache_core.features.gains import SUBSAMPLE, subsample
+from fastercache_core.features.reuse import (
+    PATIENCE,
+    REUSE_WEIGHTS,
+    ReuseCache,
+    ReuseSettings,
+    blend,
+    extrapolate,
+    planned_reuse,
+    reuse_weight,
+)
+from fastercache_core.features.storage import StorageSettings
+from fastercache_core.forecast import reachable
 
 PERCENT_TO_SIGMA = lambda percent: 1.0 - percent
 SITE = ("self", 0)
@@ -47,8 +56,8 @@ def test_extrapolation_is_equation_5():
     assert extrapolate(newest, older, torch.tensor(0.5)).item() == 4.0
 
 
-def test_linear_w_grows_from_zero_at_the_first_reuse_to_w_at_the_end():
-    settings = ReuseSettings(weight="linear", w=1.0)
+def test_ramp_w_grows_from_zero_at_the_first_reuse_to_w_at_the_end():
+    settings = ReuseSettings(weight="ramp", w=1.0)
     assert reuse_weight(settings, 0.2, 0.2) == 0.0
     assert reuse_weight(settings, 0.6, 0.2) == pytest.approx(0.5)
     assert reuse_weight(settings, 1.0, 0.2) == pytest.approx(1.0)
@@ -81,8 +90,8 @@ def test_the_spaced_forecast_holds_where_the_last_two_are_too_close_together():
 
 
 def forecast(outputs, sigma=None):
-    """The measured forecast that follows `outputs`, one computed at every evaluation."""
-    cache = recorded("measured", outputs)
+    """The fitted forecast that follows `outputs`, one computed at every evaluation."""
+    cache = recorded("fitted", outputs)
     cache.begin(at(len(outputs), sigma))
     return cache.recall(SITE, ["cond"])[0]
 
@@ -92,14 +101,14 @@ def noise(count, shape, seed=0):
     return [torch.randn(shape, generator=generator) for _ in range(count)]
 
 
-def test_the_measured_forecast_follows_a_straight_line_as_far_as_sigma_says():
+def test_the_fitted_forecast_follows_a_straight_line_as_far_as_sigma_says():
     line = [torch.full((2, 3, 4), 1.0 + i) for i in range(4)]
     assert forecast(line).flatten().tolist() == pytest.approx([5.0] * 24, abs=1e-4)
     assert forecast(line, sigma=0.65).flatten().tolist() == pytest.approx([4.5] * 24, abs=1e-4)
 
 
 def test_it_learns_to_follow_a_bend():
-    bend = [torch.full((1, 8), 0.01 * i ** 2) for i in range(8)]
+    bend = [torch.full((1, 8), 0.01 * i**2) for i in range(8)]
     line = 2 * bend[6] - bend[5]
     assert (forecast(bend[:7]) - bend[7]).abs().max() < 0.6 * (line - bend[7]).abs().max()
 
@@ -116,7 +125,7 @@ def test_a_picture_is_forecast_the_same_whoever_is_beside_it():
 
 
 def test_pictures_may_lie_along_another_axis():
-    cache, turned = cache_of("measured"), cache_of("measured")
+    cache, turned = cache_of("fitted"), cache_of("fitted")
     for ordinal, output in enumerate(noise(6, (2, 5, 3))):
         computed(cache, ordinal, output)
         turned.begin(at(ordinal))
@@ -130,7 +139,7 @@ def test_pictures_may_lie_along_another_axis():
 
 def test_it_is_used_only_after_a_forecast_was_compared_with_the_truth():
     for count, kinds in ((3, set()), (4, {"self"})):
-        cache = recorded("measured", [torch.ones(1, 1)] * count)
+        cache = recorded("fitted", [torch.ones(1, 1)] * count)
         cache.begin(at(count))
         assert cache.reusable(["cond"]) == kinds
 
@@ -139,7 +148,7 @@ def test_two_sigmas_that_lie_very_close_together_do_not_throw_a_feature_far_away
     """Samplers with several calls a step evaluate nearly the same sigma twice, at different latents."""
     assert reachable((0.5, 0.5 + 1e-7, 0.6), 0.4) == [0, 2]
     assert reachable((0.5, 0.5, 0.5), 0.4) == [0]
-    cache, sigmas = cache_of("measured"), (0.8, 0.8, 0.6, 0.6 - 1e-7)
+    cache, sigmas = cache_of("fitted"), (0.8, 0.8, 0.6, 0.6 - 1e-7)
     for ordinal, (sigma, output) in enumerate(zip(sigmas, (1.0, 1.1, 1.4, 1.5))):
         computed(cache, ordinal, torch.tensor([[output]]), sigma=sigma)
     cache.begin(at(4, sigma=0.5))
@@ -153,11 +162,11 @@ def test_blending_loses_nothing_in_small_dtypes():
 
 
 def test_gains_are_fitted_to_a_sample_of_a_large_feature():
-    x = torch.arange(8.0 * SAMPLE).reshape(8, 1024, -1)
-    part = sample(x, 0)
-    assert part.shape[0] == 8 and SAMPLE / 2 <= part.numel() <= 2 * SAMPLE
+    x = torch.arange(8.0 * SUBSAMPLE).reshape(8, 1024, -1)
+    part = subsample(x, 0)
+    assert part.shape[0] == 8 and SUBSAMPLE / 2 <= part.numel() <= 2 * SUBSAMPLE
     assert len(set((part.long() % x.shape[-1]).flatten().tolist())) == x.shape[-1], "of every channel"
-    assert sample(torch.ones(3, 4), 1).shape == (4, 3)
+    assert subsample(torch.ones(3, 4), 1).shape == (4, 3)
 
 
 def test_branches_never_read_each_others_features_whatever_their_order_in_the_batch():
@@ -196,12 +205,25 @@ def test_extrapolation_waits_for_two_recordings():
     assert cache.reusable(["cond"]) == set()
 
 
-def test_a_plan_may_say_when_features_are_reused():
-    cache = recorded("hold", [torch.ones(1, 1)])
-    cache.begin(at(1), wanted=False)
+def test_features_are_reused_up_to_their_age_inside_their_window_and_never_at_the_end():
+    cache = cache_of(every=3, window=Window(0.2, 0.6))
+    computed(cache, 0, torch.ones(1, 1))
+    for ordinal, sigma, due in ((1, 0.9, set()), (1, 0.8, {"self"}), (2, 0.5, {"self"}), (3, 0.5, set())):
+        cache.begin(at(ordinal, sigma))
+        assert cache.due == cache.reusable(["cond"]) == due, (ordinal, sigma)
+    computed(cache, 4, torch.ones(1, 1), sigma=0.5)
+    cache.begin(at(5, 0.5, is_last=True))
     assert cache.reusable(["cond"]) == set()
-    cache.begin(at(1), wanted=True)
-    assert cache.reusable(["cond"]) == {"self"}
+
+
+def test_planned_features_may_be_of_any_age():
+    cache = ReuseCache(planned_reuse(), PERCENT_TO_SIGMA)
+    cache.begin(at(0))
+    cache.begin_record(["cond"], {"branch"})
+    cache.store(("branch", 0), ["cond"], (torch.ones(1, 1),))
+    cache.begin(at(500, sigma=0.5))
+    assert cache.reusable(["cond"]) == {"branch"}
+    assert cache.recall(("branch", 0), ["cond"])[0].item() == 1.0
 
 
 def test_a_past_that_is_too_old_is_not_continued():
@@ -210,22 +232,22 @@ def test_a_past_that_is_too_old_is_not_continued():
     cache.begin(at(1 + PATIENCE * 2))
     assert cache.tensors()
     cache.begin(at(2 + PATIENCE * 2))
-    assert cache.tensors() == [] and cache.memory.recorded == {}
+    assert cache.tensors() == [] and cache.memory.last_recorded() == {}
 
 
 def test_past_its_window_a_kind_takes_no_memory():
     cache = cache_of(window=Window(0.0, 0.35))
     computed(cache, 0, torch.ones(1, 1))
     computed(cache, 3, torch.ones(1, 1), sigma=0.7)
-    assert cache.worth_storing() == {"self"} and cache.tensors()
+    assert cache.to_store() == {"self"} and cache.tensors()
     cache.begin(at(4, sigma=0.6))
-    assert cache.worth_storing() == set() and cache.tensors() == []
+    assert cache.to_store() == set() and cache.tensors() == []
 
 
 def test_nothing_is_stored_at_the_last_evaluation():
     cache = cache_of()
     cache.begin(at(9, is_last=True))
-    assert cache.worth_storing() == set()
+    assert cache.to_store() == set()
 
 
 def test_a_stored_feature_is_a_copy_and_a_recalled_one_too():
@@ -238,19 +260,20 @@ def test_a_stored_feature_is_a_copy_and_a_recalled_one_too():
 
 
 def test_memory_is_counted_and_given_back():
-    cache = recorded("measured", [torch.ones(2, 8)] * 4, ["cond", None])
+    cache = recorded("fitted", [torch.ones(2, 8)] * 4, ["cond", None])
     assert sum(t.numel() for t in cache.memory.tensors()) == 3 * 8, "three outputs of one branch"
-    assert cache.gains.products
+    assert cache.gains.tensors()
     cache.reset()
-    assert cache.tensors() == [] and not cache.gains.products
+    assert cache.tensors() == []
     cache.begin(at(4))
     assert cache.reusable(["cond"]) == set()
 
 
 def budgeted(budget, dtype="native"):
-    """A cache of measured forecasts that ran six evaluations of two branches at four sites, two pictures each."""
-    cache = ReuseCache(ReuseSettings({"self": Interval(2)}, "measured", storage=StorageSettings(budget, None, dtype)),
-                       PERCENT_TO_SIGMA)
+    """A cache of fitted forecasts that ran six evaluations of two branches at four sites, two pictures each."""
+    cache = ReuseCache(
+        ReuseSettings({"self": Interval(2)}, "fitted", storage=StorageSettings(budget, None, dtype)), PERCENT_TO_SIGMA
+    )
     branches, sites = ["cond", "uncond"], [("self", i) for i in range(4)]
     for ordinal in range(6):
         cache.begin(at(ordinal))
@@ -271,16 +294,16 @@ def held_bytes(cache):
 
 
 @pytest.mark.parametrize("dtype", ["native", "fp16", "fp8"])
-def test_the_gains_of_measured_forecasts_are_in_the_budget_to_the_byte(dtype):
+def test_the_gains_of_fitted_forecasts_are_in_the_budget_to_the_byte(dtype):
     every = budgeted(None, dtype)
     needed = every.memory.plan()["bytes"]
-    assert needed == held_bytes(every) and every.gains.fitted
+    assert needed == held_bytes(every)
     assert budgeted(needed, dtype).memory.plan() == {"sites": 4, "of": 4, "bytes": needed}
     assert budgeted(needed - 1, dtype).memory.plan() == {"sites": 3, "of": 4, "bytes": needed * 3 // 4}
 
 
 def test_room_can_be_promised_to_all_branches_for_what_one_of_them_gives():
-    cache = cache_of("measured")
+    cache = cache_of("fitted")
     cache.begin(at(0))
     cache.promise(SITE, ["cond", "uncond"], (torch.empty(3, 2, 8, device="meta"), None), 3)
     one = 3 * 2 * 8 * 4 + 1 * (9 + 2) * 4  # outputs, tokens, width, bytes; gains of a picture
@@ -293,7 +316,7 @@ def test_room_can_be_promised_to_all_branches_for_what_one_of_them_gives():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_forecast_has_the_features_own_dtype(dtype):
     outputs = [torch.full((1, 4), float(i), dtype=dtype) for i in range(4)]
-    cache = recorded("measured", outputs)
+    cache = recorded("fitted", outputs)
     cache.begin(at(4))
     [forecast] = cache.recall(SITE, ["cond"])
     assert forecast.dtype == dtype and torch.allclose(forecast.float(), torch.full((1, 4), 4.0), rtol=0.02)

@@ -1,8 +1,9 @@
 """Features at rest: what they cost in memory and in precision."""
+
 import pytest
 import torch
 
-from fastercache_core.storage import DTYPES, Storage, StorageSettings
+from fastercache_core.features.storage import DTYPES, Storage, StorageSettings
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -23,9 +24,9 @@ def allowed(at_rest, x):
     if at_rest == "native":
         return torch.zeros_like(x, dtype=torch.float64)
     if at_rest == "fp16":
-        return x.abs().double() * 2 ** -11 + 2 ** -25 if x.dtype == torch.float32 else x.double() * 0
+        return x.abs().double() * 2**-11 + 2**-25 if x.dtype == torch.float32 else x.double() * 0
     row = x.abs().amax(-1, keepdim=True).double()
-    return x.abs().double() * (2 ** -4 + 2 ** -7 + rounding) + row * 2 ** -18
+    return x.abs().double() * (2**-4 + 2**-7 + rounding) + row * 2**-18
 
 
 @pytest.mark.parametrize("device", [None, "cpu"])
@@ -39,7 +40,7 @@ def test_what_comes_back_is_what_was_put_within_the_promised_error(at_rest, dtyp
     assert (error <= allowed(at_rest, x)).all(), (error / x.double().abs().clamp_min(1e-30)).max()
 
 
-@pytest.mark.parametrize("at_rest, worst", [("fp16", 2 ** -11), ("fp8", 2 ** -5)])
+@pytest.mark.parametrize("at_rest, worst", [("fp16", 2**-11), ("fp8", 2**-5)])
 def test_errors_are_not_far_below_the_promise(at_rest, worst):
     """So that the promise says something: it is nearly reached."""
     x = features(torch.float32)[:, 1:]

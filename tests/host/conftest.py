@@ -1,5 +1,7 @@
 """The pack as the host loads it, for tests on tiny models inside this process."""
+
 import pytest
+
 from testbed.pack import load_pack
 
 load_pack()
@@ -8,7 +10,8 @@ load_pack()
 @pytest.fixture(scope="session")
 def tiny_models():
     """Tiny models by family name, built once; tests work on clones."""
-    from tiny import build
+    from support.tiny import build
+
     built = {}
 
     def get(name):

@@ -1,13 +1,15 @@
 """The trained models draw what their prompts say, and a recording holds what the network gave."""
-import comfy.sample
+
 import pytest
 import torch
-from benchmarks.tools.recording import record
 from fastercache_pack.fastercache_core.metrics import psnr
+
+from benchmarks.tools.recording import record
+from support.trained import Painter
 from testbed.beds import BEDS
 from testbed.train import data
 
-PROMPTS, STEPS, SEED = 6, 20, 7
+PROMPTS, STEPS = 6, 20
 CORNER, MIDDLE = 5, slice(16, 48)
 
 
@@ -15,17 +17,13 @@ class Painted:
     """Six tuning prompts and, twice, the same ones on gray, sampled in one batch of a bed."""
 
     def __init__(self, name):
-        self.name, self.bed = name, BEDS[name]
-        self.model = self.bed.load()
-        tuning = self.bed.prompts("tuning")[:PROMPTS]
+        tuning = BEDS[name].prompts("tuning")[:PROMPTS]
         self.prompts = tuning + 2 * [prompt.partition(" on ")[0] + " on gray" for prompt in tuning]
-        latent = self.bed.empty(len(self.prompts))
-        samples = comfy.sample.sample(
-            self.model, comfy.sample.prepare_noise(latent, SEED), STEPS, self.bed.cfg, "euler", self.bed.scheduler,
-            self.bed.conditioning(self.prompts), self.bed.conditioning([""]), latent, seed=SEED, disable_pbar=True)
-        pictures = self.bed.decode(self.model, samples)
+        painter = Painter(name, self.prompts)
+        self.name, self.bed, self.model = name, painter.bed, painter.model
+        pictures = painter.full(steps=STEPS)
         self.clips = pictures if self.bed.frames > 1 else pictures[:, None]  # [18, frames, 3, 64, 64]
-        self.pictures = self.clips[:, self.bed.frames // 2]                  # [18, 3, 64, 64]
+        self.pictures = self.clips[:, self.bed.frames // 2]  # [18, 3, 64, 64]
 
     def colours(self):
         """The words for the upper and the lower background of every sample."""
@@ -60,9 +58,10 @@ def nearest_shade(pixels):
 
 
 def test_the_background_has_the_colour_that_the_prompt_names(painted):
-    corners = [(nearest_shade(p[:, :CORNER, :CORNER]), nearest_shade(p[:, -CORNER:, -CORNER:]))
-               for p in painted.pictures]
-    assert share(found == named for found, named in zip(corners, painted.colours())) >= 0.75
+    corners = [
+        (nearest_shade(p[:, :CORNER, :CORNER]), nearest_shade(p[:, -CORNER:, -CORNER:])) for p in painted.pictures
+    ]
+    assert share(seen == named for seen, named in zip(corners, painted.colours())) >= 0.75
 
 
 def test_two_pictures_of_one_prompt_show_the_same_thing(painted):
@@ -86,8 +85,8 @@ def likeliest_motion(foreground):
 def test_clips_move_as_their_prompts_say(painted):
     if painted.bed.frames == 1:
         pytest.skip("a model of still pictures")
-    found = [likeliest_motion(clip) for clip in painted.foreground()]
-    assert share(f" {motion} on " in prompt for motion, prompt in zip(found, painted.prompts)) >= 0.6
+    motions = [likeliest_motion(clip) for clip in painted.foreground()]
+    assert share(f" {motion} on " in prompt for motion, prompt in zip(motions, painted.prompts)) >= 0.6
 
 
 def test_a_recording_holds_what_the_network_gave(painted):
@@ -95,7 +94,7 @@ def test_a_recording_holds_what_the_network_gave(painted):
     network = painted.model.model.diffusion_model
     hook = network.register_forward_hook(lambda module, args, output: given.append(output.clone()))
     try:
-        recording = record(painted.model, painted.prompts[:2], 3, 4.5, SEED, painted.name)
+        recording = record(painted.model, painted.prompts[:2], 3, 4.5, 7, painted.name)
     finally:
         hook.remove()
     for output, cond, uncond in zip(given, recording.cond, recording.uncond):

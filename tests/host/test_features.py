@@ -1,175 +1,46 @@
 """Feature reuse on every model family: exactly what is said runs, and what comes from the cache is right."""
-import functools
-import re
-from contextlib import contextmanager
 
-import comfy.context_windows
+import functools
+import threading
+import time
+
 import comfy.controlnet
-import comfy.samplers
 import pytest
 import torch
-from comfy.patcher_extension import WrappersMP
-from fastercache_pack.fastercache_core.reuse import ReuseSettings
-from fastercache_pack.fastercache_core.schedule import Interval
+from fastercache_pack.fastercache_core import messages
+from fastercache_pack.fastercache_core.clock import Evaluation, Interval
+from fastercache_pack.fastercache_core.features.reuse import ReuseSettings
+from fastercache_pack.fastercache_core.features.storage import Storage
 from fastercache_pack.fastercache_core.settings import CacheSettings
-from fastercache_pack.fastercache_core.storage import StorageSettings
-from fastercache_pack.nodes.host.attach import attach, last_report
 from fastercache_pack.nodes.host.families import find_family
-from tiny import SPECS, conditioning, sample
+from fastercache_pack.nodes.host.feature_pass import FeaturePass, FeatureRequest
+from fastercache_pack.nodes.host.model_call import ModelCall
+from fastercache_pack.nodes.host.wrappers import attach, last_report
 
-# Lists of blocks, in the order they run, and modules whose output is an attention's, by family.
-BLOCKS = {
-    "sd3": ["joint_blocks"], "sd35": ["joint_blocks"], "flux": ["double_blocks", "single_blocks"],
-    "chroma": ["double_blocks", "single_blocks"], "hunyuan": ["double_blocks", "single_blocks"],
-    "wan": ["blocks"], "wan_vace": ["blocks"], "wan_i2v": ["blocks"], "wan_camera": ["blocks"],
-    "ltxv": ["transformer_blocks"], "qwen": ["transformer_blocks"], "lumina2": ["layers"], "omnigen2": ["layers"],
-    "predict2": ["blocks"], "cosmos": ["blocks"], "hidream": ["double_stream_blocks", "single_stream_blocks"],
-    "pixart": ["blocks"], "mochi": ["blocks"], "aura": ["double_layers", "single_layers"], "hydit": ["blocks"],
-    "hunyuan3d": ["double_blocks", "single_blocks"], "flux2": ["double_blocks", "single_blocks"],
-    "hunyuan15": ["double_blocks", "single_blocks"], "hunyuan3d21": ["blocks"], "ace": ["transformer_blocks"],
-    "audio": ["transformer.layers"], "wan_s2v": ["blocks"], "wan_humo": ["blocks"], "wan_animate": ["blocks"],
-}
-# Blocks beside them that are left out with those that they add to.
-BESIDE = {("wan_vace", "rear"): "vace_blocks.1.", ("wan_vace", "stack"): "vace_blocks.1."}
-UNET = {
-    "self": r"\.attn1\.", "cross": r"\.attn2\.",
-    "deep": r"^(input_blocks\.[23]|middle_block|output_blocks\.[01])\.",
-    "branch": r"\.in_layers\.|\.transformer_blocks\.|\.proj_(in|out)$|\.norm$"
-              r"|\.time_stack\.\d|\.time_pos_embed\.|\.1\.time_mixer$",
-}
-SELF_AND_CROSS = {"self": r"blocks\.\d+\.self_attn\.", "cross": r"blocks\.\d+\.cross_attn\."}
-ATTENTION = {
-    "sd15": UNET, "sdxl": UNET,
-    "svd": {**UNET, "self": r"\.transformer_blocks\.\d+\.attn1\.", "temporal": r"\.time_stack\.\d+\.attn1\."},
-    "sd3": {"self": r"(x|context)_block\.attn\."}, "sd35": {"self": r"(x|context)_block\.attn2?\."},
-    **dict.fromkeys(["wan", "wan_vace", "wan_i2v", "wan_camera", "wan_s2v", "wan_humo", "wan_animate", "predict2"],
-                    SELF_AND_CROSS),
-    "ltxv": {"self": r"\.attn1\.", "cross": r"\.attn2\."}, "hydit": {"self": r"\.attn1\.", "cross": r"\.attn2\."},
-    "cosmos": {"self": r"block\d\.blocks\.0\.block\.", "cross": r"block\d\.blocks\.1\.block\."},
-    "pixart": {"self": r"blocks\.\d+\.attn\.", "cross": r"blocks\.\d+\.cross_attn\."},
-    "qwen": {"self": r"blocks\.\d+\.attn\."}, "mochi": {"self": r"blocks\.\d+\.attn\."},
-    "lumina2": {"self": r"\.attention\."}, "omnigen2": {"self": r"\.attn\."},
-    "hidream": {"self": r"\.attn1\."}, "aura": {"self": r"layers\.\d+\.attn\."},
-    "hunyuan3d21": {"self": r"\.attn1\.", "cross": r"\.attn2\."},
-    "ace": {"self": r"blocks\.\d+\.attn\.", "cross": r"blocks\.\d+\.cross_attn\."},
-    "audio": {"self": r"\.self_attn\.", "cross": r"\.cross_attn\."},
-}
-# The skip connections of this family reach across its blocks: no half can be taken alone.
-WHOLE = {"hydit", "hunyuan3d21"}
-SPANS = ("front", "rear", "stack")
-STACKED = {name: ("stack",) if name in WHOLE else SPANS for name in BLOCKS}
-CASES = [(name, kind) for name in SPECS for kind in (*ATTENTION.get(name, ()), *STACKED.get(name, ()))]
-
-# Steps without length: the latent does not move, so what is held is what would be computed. The step that follows the
-# last reuse has a length, so that the picture tells what was held.
-STILL = torch.tensor([0.5] * 3 + [0.3, 0.2, 0.0])
-ACTIONS = ["FULL", "REUSE", "REUSE", "FULL", "FULL"]
-
-
-def reusing(*kinds, every=3, weight="hold", **storage):
-    return CacheSettings("features", reuse=ReuseSettings(dict.fromkeys(kinds, Interval(every)), weight,
-                                                         storage=StorageSettings(**storage)))
-
-
-@contextmanager
-def second_pass_runs_out_of_memory(model):
-    """While open, the second pass through a Flux network fails near its end."""
-    calls = []
-
-    def run_out(*_):
-        calls.append(1)
-        if len(calls) == 2:
-            raise torch.cuda.OutOfMemoryError("no room")
-
-    hook = model.model.diffusion_model.final_layer.register_forward_pre_hook(run_out)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def host_picture(model, sample):
-    """The host's own picture by sample(model), and {layer: calls} of one pass of the network."""
-    with Watch(model) as watch:
-        picture = sample(model)
-    return picture, watch.passes[0][1]
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
-
-
-def actions(model):
-    return [record["actions"]["cond"] for record in last_report(model)["evaluations"]]
-
-
-def notes(model):
-    return "; ".join(last_report(model)["notes"])
+from support.features import (
+    ACTIONS,
+    ALL_COMPUTED,
+    CASES,
+    STILL,
+    Watch,
+    host_picture,
+    out_of_memory,
+    reused_as_computed,
+    reusing,
+    shuffled_batches,
+    told,
+)
+from support.guidance import windowed
+from support.runs import actions, notes, relative
+from support.tiny import SPECS, conditioning, sample
 
 
 @pytest.fixture(scope="module")
 def full(tiny_models):
     """The host's own picture, by family: two different latents, and the layers of the network that run."""
     return functools.cache(
-        lambda name: host_picture(tiny_models(name), lambda model: sample(model, name, sigmas=STILL, batch=2)))
-
-
-class Watch:
-    """Which layers run, and how often, in every pass of the network: [(evaluation, {layer: calls})]."""
-
-    def __init__(self, model):
-        self.evaluation, self.passes, self.hooks = -1, [], []
-        self.model = model
-        model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "watch", self._predict_noise)
-        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "watch", self._apply_model)
-
-    def __enter__(self):
-        for name, module in self.model.model.diffusion_model.named_modules():
-            if not list(module.children()) and list(module.parameters(recurse=False)):
-                self.hooks.append(module.register_forward_pre_hook(functools.partial(self._count, name)))
-        return self
-
-    def __exit__(self, *_):
-        for hook in self.hooks:
-            hook.remove()
-
-    def _count(self, name, *_):
-        calls = self.passes[-1][1]
-        calls[name] = calls.get(name, 0) + 1
-
-    def _predict_noise(self, executor, *args, **kwargs):
-        self.evaluation += 1
-        return executor(*args, **kwargs)
-
-    def _apply_model(self, executor, *args, **kwargs):
-        self.passes.append((self.evaluation, {}))
-        return executor(*args, **kwargs)
-
-
-def skipped_layers(name, kind, layers):
-    """Those of `layers` that need not run when features of `kind` are reused."""
-    if kind in SPANS:
-        blocks = [f"{path}.{number}." for path in BLOCKS[name] for number in _span(path, kind, layers, BLOCKS[name])]
-        return {layer for layer in layers if layer.startswith((*blocks, BESIDE.get((name, kind), "nothing")))}
-    return {layer for layer in layers if re.search(ATTENTION[name][kind], layer)}
-
-
-def _span(path, kind, layers, lists):
-    numbers = list(dict.fromkeys(re.match(rf"{re.escape(path)}\.(\w+)\.", layer)[1] for layer in layers
-                                 if layer.startswith(path + ".")))
-    half, first = (len(numbers) + 1) // 2, int(path == lists[0])
-    return {"front": numbers[first:half], "rear": numbers[max(half, first):], "stack": numbers[first:]}[kind]
-
-
-def shuffled_batches(monkeypatch):
-    """Make the host run the branches together in one pass, or one by one in the other order, now so, now so."""
-    calls, together = [], comfy.samplers.can_concat_cond
-
-    def now_and_then(a, b):
-        calls.append(1)
-        return a is b or (len(calls) % 3 == 0 and together(a, b))
-
-    monkeypatch.setattr(comfy.samplers, "can_concat_cond", now_and_then)
+        lambda name: host_picture(tiny_models(name), lambda model: sample(model, name, sigmas=STILL, batch=2))
+    )
 
 
 @pytest.mark.parametrize("name, kind", CASES)
@@ -182,25 +53,6 @@ def test_what_is_reused_does_not_run_and_is_what_would_have_been_computed(tiny_m
     shuffled_batches(monkeypatch)
     passes = reused_as_computed(tiny_models(name), name, kind, theirs, layers, batch=2)
     assert len(passes) > len(ACTIONS), "some evaluations were run one by one"
-
-
-def reused_as_computed(model, name, kind, theirs, layers, sample=sample, **options):
-    """Check a run with features of `kind` held against the host's own; returns its passes.
-
-    theirs: the host's own picture; layers: {layer: calls} of one of its passes; sample: samples as `tiny.sample` does;
-    options: of it.
-    """
-    model = attach(model, reusing(kind))
-    with Watch(model) as watch:
-        held = sample(model, name, sigmas=STILL, **options)
-    assert actions(model) == ACTIONS, notes(model)
-    skipped = skipped_layers(name, kind, layers)
-    assert skipped and len({len(calls) for _, calls in watch.passes}) == 2
-    for evaluation, calls in watch.passes:
-        expected = {layer: n for layer, n in layers.items() if ACTIONS[evaluation] == "FULL" or layer not in skipped}
-        assert calls == expected
-    assert relative(held, theirs) < 1e-4
-    return watch.passes
 
 
 @pytest.mark.parametrize("name", list(SPECS))
@@ -241,8 +93,10 @@ class Residuals(comfy.controlnet.ControlBase):
         if self.timestep_range and not self.timestep_range[1] <= t[0] <= self.timestep_range[0]:
             return None
         g = torch.Generator().manual_seed(self.seed)
-        control = {place: [torch.randn(1, *shape, generator=g).repeat(len(x_noisy), 1, 1) for _ in range(count)]
-                   for place, (count, shape) in self.shapes.items()}
+        control = {
+            place: [torch.randn(1, *shape, generator=g).repeat(len(x_noisy), 1, 1) for _ in range(count)]
+            for place, (count, shape) in self.shapes.items()
+        }
         self.given.append(control)
         return control
 
@@ -287,14 +141,17 @@ def test_where_a_controlnet_ends_features_from_before_are_not_reused(tiny_models
     sigmas = torch.tensor([border + 0.1] * 4 + [border - 0.1] * 4 + [0.1, 0.0])
     theirs = sample(tiny_models("flux"), "flux", sigmas=sigmas, **conds)
     result = sample(model, "flux", sigmas=sigmas, **conds)
-    assert actions(model) == ["FULL", *["REUSE"] * 3, "FULL", *["REUSE"] * 3, "FULL"]
+    assert actions(model) == ["computed", *["reused"] * 3, "computed", *["reused"] * 3, "computed"]
     assert relative(result, theirs) < 1e-4
 
 
-@pytest.mark.parametrize("name, kind, dtype", [("sd15", "self", "fp16"), ("sd3", "self", "native"),
-                                               ("flux", "front", "fp8"), ("wan", "cross", "fp8")])
+@pytest.mark.parametrize(
+    "name, kind, dtype",
+    [("sd15", "self", "fp16"), ("sd3", "self", "native"), ("flux", "front", "fp8"), ("wan", "cross", "fp8")],
+)
 def test_the_budget_is_kept_to_the_byte(tiny_models, name, kind, dtype):
     """Exactly what is held is promised; a byte less, and one site less is kept."""
+
     def run(budget):
         model = attach(tiny_models(name), reusing(kind, every=2, weight="constant", budget=budget, dtype=dtype))
         return sample(model, name, sigmas=STILL), model, last_report(model)["run"]["features"]
@@ -307,14 +164,14 @@ def test_the_budget_is_kept_to_the_byte(tiny_models, name, kind, dtype):
     _, model, less = run(every["bytes"] - 1)
     assert less["sites"] == every["of"] - 1 and less["of"] == every["of"] and less["bytes"] < every["bytes"]
     assert sum(last_report(model)["totals"]["peak_cache_bytes"].values()) == less["bytes"]
-    assert ("REUSE" in actions(model)) == (less["sites"] > 0)
+    assert ("reused" in actions(model)) == (less["sites"] > 0)
 
 
 @pytest.mark.parametrize("name, kind", [("sd15", "deep"), ("sd3", "self"), ("flux", "stack"), ("wan", "self")])
 def test_without_room_everything_runs_and_the_report_says_why(tiny_models, name, kind):
     model = attach(tiny_models(name), reusing(kind, budget=1))
     assert torch.equal(sample(model, name, sigmas=STILL), sample(tiny_models(name), name, sigmas=STILL))
-    assert set(actions(model)) == {"FULL"}
+    assert set(actions(model)) == {"computed"}
     [note] = last_report(model)["notes"]
     assert f"no {kind} feature fits" in note and "memory_gb" in note
     assert last_report(model)["totals"]["peak_cache_bytes"] == {}
@@ -322,22 +179,24 @@ def test_without_room_everything_runs_and_the_report_says_why(tiny_models, name,
 
 def test_a_network_without_such_places_says_so(tiny_models, monkeypatch):
     """A UNet of one level has nothing below its first downsampling."""
-    monkeypatch.setitem(SPECS, "one level", {**SPECS["sd15"], "cfg": {
-        **SPECS["sd15"]["cfg"], "channel_mult": [1], "num_res_blocks": [1], "transformer_depth": [1],
-        "transformer_depth_output": [1, 1]}})
+    monkeypatch.setitem(
+        SPECS,
+        "one level",
+        {
+            **SPECS["sd15"],
+            "cfg": {
+                **SPECS["sd15"]["cfg"],
+                "channel_mult": [1],
+                "num_res_blocks": [1],
+                "transformer_depth": [1],
+                "transformer_depth_output": [1, 1],
+            },
+        },
+    )
     model = attach(tiny_models("one level"), reusing("deep"))
     sample(model, "one level", sigmas=STILL)
-    assert set(actions(model)) == {"FULL"}
-    assert "no deep feature was found" in notes(model)
-
-
-def windowed(model, schedule="standard_static"):
-    model = model.clone()
-    model.model_options["context_handler"] = comfy.context_windows.IndexListContextHandler(
-        context_schedule=comfy.context_windows.get_matching_context_schedule(schedule),
-        fuse_method=comfy.context_windows.get_matching_fuse_method("pyramid"),
-        context_length=3, context_overlap=1, context_stride=1, closed_loop=False, dim=2)
-    return model
+    assert set(actions(model)) == {"computed"}
+    assert "no deep feature was found" in told(model)
 
 
 @pytest.mark.parametrize("kind", ["self", "stack"])
@@ -365,8 +224,10 @@ def test_several_kinds_each_keep_their_own_interval(tiny_models):
     model = attach(tiny_models("wan"), CacheSettings("both", reuse=settings))
     with Watch(model) as watch:
         sample(model, "wan", sigmas=torch.tensor([0.5] * 7 + [0.3, 0.0]))
-    ran = {part: [any(part in layer for layer in calls) for _, calls in watch.passes]
-           for part in ("self_attn", "cross_attn")}
+    ran = {
+        part: [any(part in layer for layer in calls) for _, calls in watch.passes]
+        for part in ("self_attn", "cross_attn")
+    }
     assert ran["self_attn"] == [True, False, True, False, True, False, True, True]
     assert ran["cross_attn"] == [True, False, False, True, False, False, True, True]
 
@@ -375,20 +236,84 @@ def test_a_pass_that_runs_out_of_memory_is_run_again_without_features(tiny_model
     """What the cache holds must not cost the picture."""
     theirs = sample(tiny_models("flux"), "flux", sigmas=STILL)
     model = attach(tiny_models("flux"), reusing("stack"))
-    with second_pass_runs_out_of_memory(model):
+    with out_of_memory(model.model.diffusion_model.final_layer, 2):
         assert relative(sample(model, "flux", sigmas=STILL), theirs) < 1e-5
-    assert set(actions(model)) == {"FULL"} and "memory ran out" in notes(model)
+    assert actions(model) == ALL_COMPUTED and "memory ran out" in told(model)
+
+
+@pytest.mark.parametrize("when", ["before anything is stored", "at the first feature"])
+def test_where_memory_runs_out_at_once_features_are_given_up(tiny_models, monkeypatch, when):
+    """No advice to give them more memory: there was none."""
+    theirs = sample(tiny_models("flux"), "flux", sigmas=STILL)
+    model, layer = attach(tiny_models("flux"), reusing("stack")), tiny_models("flux").model.diffusion_model.img_in
+    if when == "before anything is stored":
+        with out_of_memory(layer, 1):
+            result = sample(model, "flux", sigmas=STILL)
+    else:
+        monkeypatch.setattr(Storage, "put", no_room)
+        result = sample(model, "flux", sigmas=STILL)
+    assert torch.equal(result, theirs) and actions(model) == ALL_COMPUTED
+    [note] = notes(model)
+    assert note == messages.OUT_OF_MEMORY_AT_ONCE and "memory_gb" not in note
+
+
+def no_room(*_):
+    raise torch.cuda.OutOfMemoryError("no room")
 
 
 def test_out_of_memory_without_any_features_is_the_hosts_own_matter(tiny_models):
     model = attach(tiny_models("flux"), reusing("stack", budget=1))
+    with out_of_memory(model.model.diffusion_model.final_layer), pytest.raises(torch.cuda.OutOfMemoryError):
+        sample(model, "flux", sigmas=STILL)
 
-    def run_out(*_):
-        raise torch.cuda.OutOfMemoryError("no room")
 
-    hook = model.model.diffusion_model.final_layer.register_forward_pre_hook(run_out)
-    try:
-        with pytest.raises(torch.cuda.OutOfMemoryError):
-            sample(model, "flux", sigmas=STILL)
-    finally:
-        hook.remove()
+class Passes(threading.Thread):
+    """Passes of one Flux network with features of their own, every second one with what the first one stored."""
+
+    def __init__(self, model, seed):
+        super().__init__()
+        self.model, self.results, self.reused = model, [], []
+        self.features = FeaturePass(reusing("stack", every=2).reuse, model, lambda percent: 1.0 - percent)
+        generator = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(1, *SPECS["flux"]["lat"], generator=generator)
+        self.context = torch.randn(1, *SPECS["flux"]["ctx"], generator=generator)
+        self.given = {"y": torch.randn(1, SPECS["flux"]["pooled"], generator=generator), "guidance": torch.ones(1)}
+
+    class Executor:
+        """The end of the host's chain of wrappers."""
+
+        def __init__(self, model):
+            self.class_obj = model
+
+        def __call__(self, *args, **kwargs):
+            return self.class_obj._apply_model(*args, **kwargs)
+
+    def run(self):
+        options = {"cond_or_uncond": [0], "uuids": ["a"], "sigmas": torch.tensor([0.5])}
+        executor = self.Executor(self.model.model)
+        for ordinal in range(8):
+            self.features.begin(Evaluation(ordinal, 0.9 - 0.1 * ordinal, 0.1 * ordinal, False))
+            call = ModelCall(executor, self.x, torch.tensor([0.5]), None, self.context, None, options, (), self.given)
+            result, kinds = self.features.run(call, FeatureRequest(["a"], ["a"], True))
+            self.results.append(result)
+            self.reused.append(bool(kinds))
+
+
+def test_threads_that_share_one_network_take_turns(tiny_models):
+    """Each swaps functions of its modules while a pass runs, and leaves it as it was."""
+    model = tiny_models("flux")
+    network = model.model.diffusion_model
+    alone = [Passes(model, seed) for seed in range(3)]
+    for passes in alone:
+        passes.run()
+    hook = network.final_layer.register_forward_pre_hook(lambda *_: time.sleep(0.002))
+    together = [Passes(model, seed) for seed in range(3)]
+    for passes in together:
+        passes.start()
+    for passes in together:
+        passes.join()
+    hook.remove()
+    for passes, expected in zip(together, alone):
+        assert passes.reused == expected.reused == [False, True] * 4
+        assert all(torch.equal(a, b) for a, b in zip(passes.results, expected.results, strict=True))
+    assert not any("forward" in vars(module) for module in network.modules())

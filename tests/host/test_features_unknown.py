@@ -1,13 +1,26 @@
 """Feature reuse on models that no family entry matches: at the host's hook for attention."""
+
 import comfy.ops
 import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
+from fastercache_pack.fastercache_core import messages
 from fastercache_pack.nodes.host import families
-from fastercache_pack.nodes.host.attach import attach, last_report
-from test_features import ACTIONS, STILL, actions, notes, relative, reusing, shuffled_batches
-from test_features_compose import ALL_FULL, Backend, compiled, still_around
-from tiny import SPECS, sample
+from fastercache_pack.nodes.host.wrappers import attach, last_report
+
+from support.features import (
+    ACTIONS,
+    ALL_COMPUTED,
+    STILL,
+    Backend,
+    compiled,
+    reusing,
+    shuffled_batches,
+    still_around,
+    told,
+)
+from support.runs import actions, relative
+from support.tiny import SPECS, sample
 
 WIDTH, HEADS, BLOCKS = 32, 4, 2
 
@@ -31,7 +44,7 @@ class Own(torch.nn.Module):
         for parameter in self.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
 
-    def forward(self, x, timesteps, context=None, transformer_options={}, **kwargs):
+    def forward(self, x, timesteps, context=None, transformer_options=None, **kwargs):
         height, width = x.shape[2:]
         tokens = self.into(x.flatten(2).mT) + self.time(timesteps[:, None] / 1000)[:, None]
         given = {"transformer_options": transformer_options} if self.hands else {}
@@ -74,10 +87,10 @@ def test_attention_that_is_reused_does_not_run_and_is_what_would_have_been_compu
     model, ran = own()
     model = attach(model, reusing(*kinds))
     held = sample(model, "sd15", sigmas=STILL, batch=2)
-    assert actions(model) == ACTIONS, notes(model)
-    assert len(ran) == every - ACTIONS.count("REUSE") * BLOCKS * len(kinds)
+    assert actions(model) == ACTIONS, told(model)
+    assert len(ran) == every - ACTIONS.count("reused") * BLOCKS * len(kinds)
     assert relative(held, theirs) < 1e-4
-    assert "Own is no model that feature reuse knows" in notes(model)
+    assert messages.unknown_family("Own") in told(model)
     assert last_report(model)["run"]["features"]["sites"] == BLOCKS * len(kinds)
     shuffled_batches(monkeypatch)
     assert relative(sample(model, "sd15", sigmas=STILL, batch=2), theirs) < 1e-4
@@ -95,7 +108,7 @@ def test_depths_that_need_blocks_become_attention(own):
     model = attach(own()[0], reusing("stack"))
     sample(model, "sd15", sigmas=STILL)
     assert actions(model) == ACTIONS
-    assert "Own has no stack features that can be taken alone: self is reused instead" in notes(model)
+    assert messages.instead("Own", "stack", "self") in told(model)
 
 
 def test_where_the_model_does_not_hand_on_the_hook_everything_runs_and_that_is_said(own):
@@ -103,7 +116,7 @@ def test_where_the_model_does_not_hand_on_the_hook_everything_runs_and_that_is_s
     theirs = sample(model, "sd15", sigmas=STILL)
     model = attach(own(hands=False)[0], reusing("self"))
     assert torch.equal(sample(model, "sd15", sigmas=STILL), theirs)
-    assert actions(model) == ALL_FULL and "no self feature was found in this run" in notes(model)
+    assert actions(model) == ALL_COMPUTED and "no self feature was found in this run" in told(model)
 
 
 @pytest.mark.parametrize("late", [range(1), [1, 0, 1], [0]], ids=str)
@@ -116,9 +129,19 @@ def test_a_pass_with_other_calls_than_were_recorded_is_computed(own, late):
     theirs = sample(model, "sd15", sigmas=sigmas)
     model = attach(own(ways=ways)[0], reusing("self", "cross", every=6))
     result = sample(model, "sd15", sigmas=sigmas)
-    assert actions(model) == ["FULL", "REUSE", "REUSE", "REUSE", "FULL", "FULL", "REUSE", "REUSE", "FULL"]
+    assert actions(model) == [
+        "computed",
+        "reused",
+        "reused",
+        "reused",
+        "computed",
+        "computed",
+        "reused",
+        "reused",
+        "computed",
+    ]
     assert relative(result, theirs) < 1e-4
-    assert "did not call attention as the one before" in notes(model)
+    assert messages.PASS_DIFFERS in told(model)
 
 
 def test_a_call_of_another_shape_is_computed(own):
@@ -126,7 +149,7 @@ def test_a_call_of_another_shape_is_computed(own):
     border = float(own()[0].get_model_object("model_sampling").percent_to_sigma(0.5))
 
     class Shrinking(Own):
-        def forward(self, x, timesteps, context=None, transformer_options={}, **kwargs):
+        def forward(self, x, timesteps, context=None, transformer_options=None, **kwargs):
             late = transformer_options["sigmas"][0] <= border
             return super().forward(x, timesteps, context[:, :40] if late else context, transformer_options, **kwargs)
 
@@ -136,18 +159,18 @@ def test_a_call_of_another_shape_is_computed(own):
     theirs = sample(model, "sd15", sigmas=sigmas)
     cached = attach(model, reusing("cross", every=6))
     assert relative(sample(cached, "sd15", sigmas=sigmas), theirs) < 1e-4
-    assert actions(cached)[4] == "FULL" and "REUSE" in actions(cached)[5:]
+    assert actions(cached)[4] == "computed" and "reused" in actions(cached)[5:]
 
 
 def test_memory_is_bounded_to_the_byte(own):
-    sites = attach(own()[0], reusing("self", every=2, weight="measured", dtype="fp8"))
+    sites = attach(own()[0], reusing("self", every=2, weight="fitted", dtype="fp8"))
     sample(sites, "sd15", steps=12)
     every = last_report(sites)["run"]["features"]["bytes"]
     assert sum(last_report(sites)["totals"]["peak_cache_bytes"].values()) == every > 0
-    model = attach(own()[0], reusing("self", every=2, weight="measured", dtype="fp8", budget=every - 1))
+    model = attach(own()[0], reusing("self", every=2, weight="fitted", dtype="fp8", budget=every - 1))
     sample(model, "sd15", steps=12)
     assert last_report(model)["run"]["features"]["sites"] == BLOCKS - 1
-    assert "REUSE" in actions(model)
+    assert "reused" in actions(model)
 
 
 def test_a_compiled_model_gives_the_same_picture(own):
@@ -159,14 +182,30 @@ def test_a_compiled_model_gives_the_same_picture(own):
     model = attach(compiled(own()[0], backend), reusing("self", every=2))
     result = sample(model, "sd15", **options)
     torch._dynamo.reset()
-    assert actions(model) == actions(eager) and "REUSE" in actions(model)
+    assert actions(model) == actions(eager) and "reused" in actions(model)
     assert relative(result, plain) < 1e-3 < relative(sample(own()[0], "sd15", **options), plain)
     assert backend.calls >= len(actions(model))
 
 
 # Models of the host as if nobody had entered them: where each hands its options to attention.
-HANDED = ("sd15", "sdxl", "sd3", "flux", "chroma", "wan", "hunyuan", "ltxv", "qwen", "lumina2", "omnigen2", "predict2",
-          "cosmos", "hidream", "aura", "mochi")
+HANDED = (
+    "sd15",
+    "sdxl",
+    "sd3",
+    "flux",
+    "chroma",
+    "wan",
+    "hunyuan",
+    "ltxv",
+    "qwen",
+    "lumina2",
+    "omnigen2",
+    "predict2",
+    "cosmos",
+    "hidream",
+    "aura",
+    "mochi",
+)
 
 
 @pytest.mark.parametrize("name", HANDED)
@@ -176,7 +215,7 @@ def test_a_family_of_the_host_without_its_entry(tiny_models, monkeypatch, name):
     shuffled_batches(monkeypatch)
     model = attach(tiny_models(name), reusing("self"))
     held = sample(model, name, sigmas=STILL, batch=2)
-    assert actions(model) == ACTIONS, notes(model)
+    assert actions(model) == ACTIONS, told(model)
     assert relative(held, theirs) < 1e-4
 
 
@@ -185,4 +224,4 @@ def test_a_family_of_the_host_that_does_not_hand_on_its_options_needs_its_entry(
     monkeypatch.setattr(families, "FAMILIES", ())
     model = attach(tiny_models(name), reusing("self"))
     sample(model, name, sigmas=STILL)
-    assert actions(model) == ALL_FULL and "no self feature was found" in notes(model)
+    assert actions(model) == ALL_COMPUTED and "no self feature was found" in told(model)

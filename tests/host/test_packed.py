@@ -2,7 +2,9 @@
 
 Older hosts do not have it: there, on a network of the tests' own with the same interface.
 """
+
 import functools
+from dataclasses import replace
 
 import comfy.conds
 import comfy.ldm.lightricks.model
@@ -10,27 +12,31 @@ import comfy.model_base
 import comfy.ops
 import comfy.supported_models
 import pytest
-import test_features
-import tiny
 import torch
 from comfy.ldm.common_dit import rms_norm
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.nested_tensor import NestedTensor
 from comfy.utils import pack_latents
-from fastercache_pack.fastercache_core.auto import AutoSettings
 from fastercache_pack.fastercache_core.clock import Window
-from fastercache_pack.fastercache_core.gate import GateSettings
-from fastercache_pack.fastercache_core.guidance import GuidanceSettings
-from fastercache_pack.fastercache_core.jump import JumpSettings
-from fastercache_pack.fastercache_core.schedule import Interval
-from fastercache_pack.fastercache_core.settings import CacheSettings
-from fastercache_pack.nodes.fastercache import PRESETS
-from fastercache_pack.nodes.features import feature_settings
-from fastercache_pack.nodes.host.attach import attach, last_report
+from fastercache_pack.fastercache_core.signal import DifferenceSettings
+from fastercache_pack.nodes.fastercache import PRESETS, automatic
 from fastercache_pack.nodes.host.families import find_family
-from test_features import (ATTENTION, STILL, actions, host_picture, relative, reused_as_computed, reusing,
-                           shuffled_batches)
-from tiny import SPECS, conditioning
+from fastercache_pack.nodes.host.wrappers import attach, last_report
+
+from support import tiny
+from support.features import (
+    ATTENTION,
+    BLOCKS,
+    STILL,
+    chosen_by_node,
+    host_picture,
+    reused_as_computed,
+    reusing,
+    shuffled_batches,
+)
+from support.guidance import cfg_cache, with_steps
+from support.runs import actions, evaluations, relative, totals
+from support.tiny import SPECS, conditioning
 
 NAME = "ltxav"
 KINDS = ("self", "cross", "front", "rear", "stack")
@@ -47,7 +53,7 @@ class Attend(torch.nn.Module):
         super().__init__()
         self.q, self.kv, self.out = Linear(width, width), Linear(others or width, 2 * width), Linear(width, width)
 
-    def forward(self, x, context=None, transformer_options={}):
+    def forward(self, x, context=None, transformer_options=None):
         k, v = self.kv(x if context is None else context).chunk(2, -1)
         return self.out(optimized_attention(self.q(x), k, v, 4, transformer_options=transformer_options))
 
@@ -91,14 +97,20 @@ class LTXAVModel(comfy.ldm.lightricks.model.LTXVModel):
         self.transformer_blocks = torch.nn.ModuleList(BasicAVTransformerBlock(v, a, context) for _ in range(3))
         self.out = torch.nn.ModuleList([Linear(v, VIDEO[0]), Linear(a, AUDIO[0] * AUDIO[2])])
 
-    def forward(self, x, timestep, context, transformer_options={}, **kwargs):
+    def forward(self, x, timestep, context, transformer_options=None, **kwargs):
         video, audio = x if isinstance(x, list) else (x, x.new_zeros(len(x), AUDIO[0], 0, AUDIO[2]))
         vx = self.into[0](video.flatten(2).mT)
         ax = self.into[1](audio.transpose(1, 2).flatten(2))
         v_time, a_time = (1 + layer(timestep.reshape(-1, 1, 1)).tanh() for layer in self.time)
         for block in self.transformer_blocks:
-            vx, ax = block((vx, ax), v_context=context, a_context=context, v_timestep=v_time, a_timestep=a_time,
-                           transformer_options=transformer_options)
+            vx, ax = block(
+                (vx, ax),
+                v_context=context,
+                a_context=context,
+                v_timestep=v_time,
+                a_timestep=a_time,
+                transformer_options=transformer_options,
+            )
         vx = self.out[0](rms_norm(vx)).mT.reshape(video.shape)
         return [vx, self.out[1](rms_norm(ax)).unflatten(2, AUDIO[::2]).transpose(1, 2)] if ax.numel() else vx
 
@@ -125,10 +137,22 @@ class TinyLTXAV(comfy.supported_models.LTXV):
 OURS = dict(cls="TinyLTXAV", cfg=dict(context=48), ctx=(20, 48), lat=VIDEO)
 THEIRS = dict(
     cls="LTXAV",
-    cfg=dict(image_model="ltxav", in_channels=VIDEO[0], audio_in_channels=AUDIO[0] * AUDIO[2], cross_attention_dim=64,
-             audio_cross_attention_dim=64, attention_head_dim=16, audio_attention_head_dim=16, num_attention_heads=4,
-             audio_num_attention_heads=4, caption_channels=48, num_layers=3),
-    ctx=(20, 96), lat=VIDEO)
+    cfg=dict(
+        image_model="ltxav",
+        in_channels=VIDEO[0],
+        audio_in_channels=AUDIO[0] * AUDIO[2],
+        cross_attention_dim=64,
+        audio_cross_attention_dim=64,
+        attention_head_dim=16,
+        audio_attention_head_dim=16,
+        num_attention_heads=4,
+        audio_num_attention_heads=4,
+        caption_channels=48,
+        num_layers=3,
+    ),
+    ctx=(20, 96),
+    lat=VIDEO,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -136,31 +160,35 @@ def known(monkeypatch):
     """The specification of the model, for as long as a test runs."""
     monkeypatch.setattr(comfy.supported_models, "TinyLTXAV", TinyLTXAV, raising=False)
     monkeypatch.setitem(SPECS, NAME, THEIRS if hasattr(comfy.supported_models, "LTXAV") else OURS)
-    monkeypatch.setitem(test_features.BLOCKS, NAME, ["transformer_blocks"])
+    monkeypatch.setitem(BLOCKS, NAME, ["transformer_blocks"])
     monkeypatch.setitem(ATTENTION, NAME, {"self": r"attn1\.", "cross": r"attn2\.|_to_\w+_attn\."})
 
 
 def sample(model, name=NAME, audio=True, batch=1, **options):
-    """Sample video with audio (a nested latent, that the sampler sees packed) or without: [batch, numbers]."""
+    """Sample video with audio (a nested latent, that the sampler sees packed) or without: [batch, elements]."""
     latent = torch.zeros(batch, *VIDEO)
     if audio:
         latent = NestedTensor([latent, torch.zeros(batch, *AUDIO)])
-    found = tiny.sample(model, name, latent=latent, **options)
-    return pack_latents(found.unbind() if found.is_nested else [found])[0].flatten(1)
+    samples = tiny.sample(model, name, latent=latent, **options)
+    return pack_latents(samples.unbind() if samples.is_nested else [samples])[0].flatten(1)
 
 
 def parts(latents, theirs):
     """How far the video and the audio, where there is any, are from `theirs`."""
     videos = torch.Size(VIDEO).numel()
-    return [relative(latents[:, part], theirs[:, part]) for part in (slice(videos), slice(videos, None))
-            if theirs[:, part].numel()]
+    return [
+        relative(latents[:, part], theirs[:, part])
+        for part in (slice(videos), slice(videos, None))
+        if theirs[:, part].numel()
+    ]
 
 
 @pytest.fixture(scope="module")
 def full(tiny_models):
     """The host's own latents, with or without audio, and the layers of the network that run."""
     return functools.cache(
-        lambda audio: host_picture(tiny_models(NAME), lambda model: sample(model, audio=audio, sigmas=STILL, batch=2)))
+        lambda audio: host_picture(tiny_models(NAME), lambda model: sample(model, audio=audio, sigmas=STILL, batch=2))
+    )
 
 
 def test_the_latent_is_packed_and_all_of_its_parts_matter(tiny_models, full):
@@ -198,30 +226,36 @@ def test_storing_changes_nothing(tiny_models, full, audio):
         assert last_report(model)["run"]["features"]["sites"] > 0, "it did store"
 
 
-@pytest.mark.parametrize("depth, forecast, dtype, audio", [
-    ("automatic", "measured", "native", True), ("automatic", "measured", "fp8", True),
-    ("automatic", "spaced", "fp8", False), ("all attention", "measured", "fp8", False),
-    ("all attention", "spaced", "fp16", True)])
+@pytest.mark.parametrize(
+    "depth, forecast, dtype, audio",
+    [
+        ("automatic", "fitted", "native", True),
+        ("automatic", "fitted", "fp8", True),
+        ("automatic", "spaced", "fp8", False),
+        ("all attention", "fitted", "fp8", False),
+        ("all attention", "spaced", "fp16", True),
+    ],
+)
 def test_forecasts_and_dtypes_stay_near_full_sampling(tiny_models, depth, forecast, dtype, audio):
-    """An audio stream without numbers is a feature too. The control is how far another seed's latent is."""
-    reuse = feature_settings("FasterCache", None, Window(), forecast, depth, memory_gb=0.0, memory_device="same",
-                             memory_dtype=dtype)
-    model = attach(tiny_models(NAME), CacheSettings("features", reuse=reuse))
-    found, theirs, other = (sample(m, steps=STEPS, audio=audio, seed=seed)
-                            for m, seed in ((model, 3), (tiny_models(NAME), 3), (tiny_models(NAME), 4)))
-    assert last_report(model)["totals"]["evaluations"]["REUSE"] >= 6
+    """An audio stream without elements is a feature too. The control is how far another seed's latent is."""
+    model = attach(tiny_models(NAME), chosen_by_node(forecast=forecast, depth=depth, dtype=dtype))
+    ours, theirs, other = (
+        sample(m, steps=STEPS, audio=audio, seed=seed)
+        for m, seed in ((model, 3), (tiny_models(NAME), 3), (tiny_models(NAME), 4))
+    )
+    assert evaluations(model)["reused"] >= 6
     assert last_report(model)["run"]["features"].get("depth", "all blocks") == "all blocks"
-    for near, far in zip(parts(found, theirs), parts(other, theirs)):
+    for near, far in zip(parts(ours, theirs), parts(other, theirs)):
         assert 0 < near < 0.05 * far
 
 
 SKIPPING = {
-    "CFG-Cache, a line": (CacheSettings("", GuidanceSettings(forecast="linear")), "ESTIMATE", 8),
-    "CFG-Cache, measured": (CacheSettings("", GuidanceSettings()), "ESTIMATE", 8),
-    "CFG-Cache, measured in 5 bands": (CacheSettings("", GuidanceSettings(bands=5)), "ESTIMATE", 8),
-    "CFG-Cache behind the gate": (CacheSettings("", GuidanceSettings(Interval(3)), gate=GateSettings()), "ESTIMATE", 6),
-    "steps": (CacheSettings("", GuidanceSettings(), jump=JumpSettings()), "JUMP", 6),
-    "automatic": (CacheSettings("", GuidanceSettings(), jump=JumpSettings(), auto=AutoSettings(40.0)), "JUMP", 6),
+    "CFG-Cache, linear": (cfg_cache(forecast="linear"), "estimated", 8),
+    "CFG-Cache, fitted": (cfg_cache(), "estimated", 8),
+    "CFG-Cache, fitted in 5 bands": (replace(cfg_cache(), difference=DifferenceSettings(bands=5)), "estimated", 8),
+    "CFG-Cache with a tolerance": (cfg_cache(3, tolerance=16e-3), "estimated", 6),
+    "steps": (with_steps(), "predicted", 6),
+    "automatic": (automatic("40 dB", 40.0, Window()), "predicted", 6),
 }
 
 
@@ -229,11 +263,11 @@ SKIPPING = {
 def test_skipping_is_nearer_to_full_sampling_than_fewer_steps_at_no_lower_cost(tiny_models, settings, action, least):
     """In the video and in the audio."""
     model = attach(tiny_models(NAME), settings)
-    found, theirs, fewer = (sample(m, steps=steps) for m, steps in (
-        (model, STEPS), (tiny_models(NAME), STEPS), (tiny_models(NAME), FEWER)))
-    totals = last_report(model)["totals"]
-    assert totals["evaluations"].get(action, 0) >= least and totals["cost"] <= FEWER / STEPS
-    for near, far in zip(parts(found, theirs), parts(fewer, theirs)):
+    ours, theirs, fewer = (
+        sample(m, steps=steps) for m, steps in ((model, STEPS), (tiny_models(NAME), STEPS), (tiny_models(NAME), FEWER))
+    )
+    assert evaluations(model).get(action, 0) >= least and totals(model)["cost"] <= FEWER / STEPS
+    for near, far in zip(parts(ours, theirs), parts(fewer, theirs)):
         assert 0 < near < far
 
 
@@ -241,5 +275,5 @@ def test_skipping_is_nearer_to_full_sampling_than_fewer_steps_at_no_lower_cost(t
 def test_every_preset_runs(tiny_models, preset):
     model = attach(tiny_models(NAME), PRESETS[preset](Window()))
     assert torch.isfinite(sample(model, steps=STEPS)).all()
-    assert set(actions(model)) > {"FULL"} or preset == "none"
-
+    skipped = set(actions(model) + actions(model, "uncond")) - {"computed"}
+    assert bool(skipped) == (preset != "none")

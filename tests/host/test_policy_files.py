@@ -1,14 +1,33 @@
 """Policies as files: written whole, read only from their own folders."""
+
 import os
 
 import folder_paths
 import pytest
-from fastercache_pack.fastercache_core.policy import FULL, Point, Policy, Setup, Step
+from fastercache_pack.fastercache_core.actions import COMPUTE, Action, Step
+from fastercache_pack.fastercache_core.calibration.policy import Point, Policy, Setup
 from fastercache_pack.nodes.policy import FasterCachePolicyLoad, FasterCachePolicySave, policy_files
 
-POLICY = Policy(Setup("SD3", "euler", "simple", 3, 4.5), (1.0, 0.6, 0.3), (Point(0.01, (FULL, Step("JUMP"), FULL)),))
-UNSAFE = ["", ".", "..", "../policy", "a/b", "a\\b", "/etc/passwd", "C:\\policy", ".hidden", "con", "NUL.txt", "a\0b",
-          "a\nb", "policy ", "x" * 200, "~root"]
+STEPS = (COMPUTE, Step(Action.PREDICT), COMPUTE)
+POLICY = Policy(Setup("SD3", "euler", "simple", 3, 4.5), (1.0, 0.6, 0.3), (Point(0.01, STEPS),))
+UNSAFE = [
+    "",
+    ".",
+    "..",
+    "../policy",
+    "a/b",
+    "a\\b",
+    "/etc/passwd",
+    "C:\\policy",
+    ".hidden",
+    "con",
+    "NUL.txt",
+    "a\0b",
+    "a\nb",
+    "policy ",
+    "x" * 200,
+    "~root",
+]
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """What the pack's nodes say about themselves."""
+
 import sys
 
 import pytest
+
 from testbed.pack import PACK, load_pack
 
 # Options that are not the pack's to translate: the host's own, and the user's files.

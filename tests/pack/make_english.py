@@ -1,7 +1,8 @@
 """Writes the English texts of the page from the nodes' own.
 
-    python dev.py test tests/pack/make_english.py
+python dev.py test tests/pack/make_english.py
 """
+
 import json
 from pathlib import Path
 

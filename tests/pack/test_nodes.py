@@ -1,18 +1,27 @@
 """What saved workflows and other programs rely on: ids, and texts for every input and output."""
+
 STORAGE = "memory_gb memory_device memory_dtype"
 PRESET = f"preset closeness start_percent end_percent feature_reuse reuse_depth {STORAGE}"
-GUIDANCE = ("interval tolerance forecast weights start_percent end_percent radius bands "
-            "alpha_low alpha_high switch_percent")
+GUIDANCE = (
+    "interval tolerance forecast weights start_percent end_percent radius bands alpha_low alpha_high switch_percent"
+)
 IDS = {
     "FasterCache": (f"model {PRESET}", "cached_model"),
     "FasterCacheCFG": (f"model {GUIDANCE}", "cached_model"),
     "FasterCacheGuider": (f"model positive negative cfg {GUIDANCE}", "guider"),
-    "FasterCacheKSampler": ("model seed steps cfg sampler_name scheduler positive negative latent_image denoise "
-                            f"{PRESET}", "latent report"),
-    "FasterCacheFRDiff": ("model policy interval score_mixing bias slope other_model start_percent end_percent "
-                          f"{STORAGE}", "cached_model"),
-    "FasterCacheAutoFR": ("model positive negative latent_image seed steps cfg sampler_name scheduler denoise budget "
-                          "method pictures features", "policy report curve"),
+    "FasterCacheKSampler": (
+        f"model seed steps cfg sampler_name scheduler positive negative latent_image denoise {PRESET}",
+        "latent report",
+    ),
+    "FasterCacheFRDiff": (
+        f"model policy interval score_mixing bias slope other_model start_percent end_percent {STORAGE}",
+        "cached_model",
+    ),
+    "FasterCacheAutoFR": (
+        "model positive negative latent_image seed steps cfg sampler_name scheduler denoise budget "
+        "method pictures features",
+        "policy report curve",
+    ),
     "FasterCachePolicySave": ("policy filename", "path"),
     "FasterCachePolicyLoad": ("filename", "policy text"),
     "FasterCacheReport": ("model latent", "chart text json"),
@@ -22,8 +31,10 @@ IDS = {
 
 def test_ids_stay_as_they_are(schemas):
     """Workflows store nodes by id and widgets by position: add new inputs at the end, rename nothing."""
-    found = {name: tuple(" ".join(entry.id for entry in side) for side in (schema.inputs, schema.outputs))
-             for name, schema in schemas.items()}
+    found = {
+        name: tuple(" ".join(entry.id for entry in side) for side in (schema.inputs, schema.outputs))
+        for name, schema in schemas.items()
+    }
     assert found == IDS
 
 
@@ -31,6 +42,11 @@ def test_everything_has_a_name_and_a_text(schema):
     assert schema.node_id.startswith("FasterCache") and schema.display_name and schema.description
     for entry in (*schema.inputs, *schema.outputs):
         assert entry.tooltip and entry.tooltip.endswith("."), entry.id
+
+
+def test_tooltips_are_short(schema):
+    """Details belong into the help page of the node."""
+    assert [entry.id for entry in schema.inputs if len(entry.tooltip) > 95] == []
 
 
 def test_ids_are_unique_over_inputs_and_outputs(schema):

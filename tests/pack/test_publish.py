@@ -1,4 +1,5 @@
 """What users get: only what belongs there, and nothing that the registry's scanner flags."""
+
 import ast
 import re
 import subprocess
@@ -8,16 +9,31 @@ import pathspec
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = {"__init__.py", "fastercache_core", "nodes", "web", "workflows", "locales", "LICENSE", "README.md",
-           "README_zh.md", "CHANGELOG.md", "pyproject.toml", "requirements.txt"}
+SHIPPED = {
+    "__init__.py",
+    "fastercache_core",
+    "nodes",
+    "web",
+    "workflows",
+    "locales",
+    "LICENSE",
+    "README.md",
+    "README_zh.md",
+    "CHANGELOG.md",
+    "pyproject.toml",
+    "requirements.txt",
+}
 TEXT = {".py", ".js", ".json", ".md", ".toml", ".txt", ""}
-FLAGGED = re.compile(r"""
+FLAGGED = re.compile(
+    r"""
     \b(subprocess|marshal|pickle|sqlite3)\b | os\.(system|popen|environ|getenv) | \bgetenv\(
     | requests\.\w+\( | \burllib\b | \baiohttp\b | socket\.socket | \.(connect|bind|send|sendall|recv)\(
     | import_module | __import__ | (?<![\w.])(eval|exec|compile)\( | raw\.githubusercontent
     | \.cuda\( | (?<!\.type\ [!=]=\ )["']cuda["'] | torch\.(autocast|load)\b | (?<!soft_)empty_cache
     | basicConfig | sys\.path
-    """, re.VERBOSE)
+    """,
+    re.VERBOSE,
+)
 
 
 def packed():
@@ -52,8 +68,12 @@ def test_nothing_is_flagged(files):
 def test_python_files_are_plain(files):
     """ASCII, so that every Windows code page reads them; logging instead of print."""
     code = {path: text for path, text in files.items() if path.suffix == ".py"}
-    calls = [(path, node) for path, text in code.items() for node in ast.walk(ast.parse(text))
-             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    calls = [
+        (path, node)
+        for path, text in code.items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    ]
     assert [path for path, text in code.items() if not text.isascii()] == []
     assert [path for path, call in calls if call.func.id == "print"] == []
 
@@ -67,7 +87,9 @@ def test_the_version_stands_in_one_place(files):
     version = re.search(r'^version = "(\d+\.\d+\.\d+)"$', files[Path("pyproject.toml")], re.MULTILINE).group(1)
     assert re.search(r"^## (\S+)", files[Path("CHANGELOG.md")], re.MULTILINE).group(1) == version
     assert [path for path, text in files.items() if path.suffix != ".json" and version in text] == [
-        Path("CHANGELOG.md"), Path("pyproject.toml")]
+        Path("CHANGELOG.md"),
+        Path("pyproject.toml"),
+    ]
 
 
 def test_the_registry_understands_the_metadata():

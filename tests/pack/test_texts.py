@@ -1,4 +1,5 @@
 """Help pages and translations say what the nodes say."""
+
 import json
 import re
 from pathlib import Path

@@ -1,8 +1,10 @@
 """The shipped workflows: each has a picture, and a server accepts its API twin."""
+
 import json
 from pathlib import Path
 
 import pytest
+
 from testbed.server import HostError
 
 ROOT = Path(__file__).parents[2]
@@ -16,7 +18,7 @@ def twin(title):
 
 def test_there_are_workflows_and_each_has_a_twin():
     twins = sorted(path.stem for path in (ROOT / "tests" / "workflows").glob("*.json"))
-    assert TITLES and TITLES == twins
+    assert TITLES and twins == TITLES
 
 
 @pytest.mark.parametrize("title", TITLES)

@@ -1,0 +1,293 @@
+"""What skipping costs: the error of every way to skip evaluations, from one recorded full run.
+
+Predictions are weighted sums of computed values, so their errors follow from the inner products of these values alone,
+without another network call. An error counts by what it does to the latent: the error of the slope times the step in
+sigma, summed as vectors over evaluations that are skipped in a row, because those may cancel. What features of an
+earlier evaluation give takes one pass of the network to know; where such outputs are recorded, REUSE, and MIX at the
+lambda of least error, are compared like predictions.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..actions import COMPUTE, COSTS, Action, Step
+from ..clock import Evaluation
+from ..forecast import PRIOR, lagrange, spread, term_weights
+from .policy import DEPTH
+
+# The most evaluations from one computed one to the next.
+GAP = 6
+# Weight of the ridge prior, the weights of a polynomial, relative to the energy of the values.
+RIDGE = 1e-3
+# Units of cost of COMPUTE where features may be reused: costs are rounded to one of them.
+REUSE_UNITS = 20
+# Lambda of MIX; beyond, it hardly differs from PREDICT or REUSE.
+MIX_LIMITS = (0.05, 0.95)
+# Elements of every tensor that are recorded, per picture and of a whole batch: inner products hardly need more.
+PICTURE_ELEMENTS, BATCH_ELEMENTS = 2**18, 2**20
+# Elements that are multiplied at once in float64: 256 MB.
+CHUNK = 2**25
+
+Keys = tuple[int, ...]  # ordinals of the last computed evaluations, newest first
+T = TypeVar("T")
+
+
+@dataclass
+class Reference:
+    """Full sampling of one batch, evaluation by evaluation.
+
+    Lists with one entry an evaluation: sigma; step, the distance in sigma to the next; gain, by which an error of the
+    output changes the slope of the latent; and tensors [batch, elements] (see `subsample`): x, the latent; slope,
+    (x - denoised) / sigma; cond and difference (uncond - cond) in output space. reused: {(last computed, ordinal):
+    guided output with its features}, empty where that was not measured; reuse_cost: what such a pass computes over
+    what COMPUTE computes.
+    """
+
+    guidance_scale: float
+    sigmas: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+    gains: list[float] = field(default_factory=list)
+    x: list[Tensor] = field(default_factory=list)
+    slope: list[Tensor] = field(default_factory=list)
+    cond: list[Tensor] = field(default_factory=list)
+    difference: list[Tensor] = field(default_factory=list)
+    reused: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    reuse_cost: float = 1.0
+
+    def add(
+        self, evaluation: Evaluation, scale: float, x: Tensor, denoised: Tensor, cond: Tensor, difference: Tensor | None
+    ) -> None:
+        """Record a computed evaluation.
+
+        scale: of denoised = skip + scale * output. x, denoised (guided), cond, difference: [batch, ...]; difference
+        None without a negative.
+        """
+        self.sigmas.append(evaluation.sigma)
+        self.steps.append(evaluation.step)
+        self.gains.append(-scale / evaluation.sigma)
+        self.x.append(subsample(x, len(x)))
+        self.slope.append(subsample((x - denoised) / evaluation.sigma, len(x)))
+        self.cond.append(subsample(cond, len(x)))
+        if difference is None:
+            difference = torch.zeros_like(cond)
+        self.difference.append(subsample(difference, len(x)))
+
+    def add_reused(self, key: int, ordinal: int, cond: Tensor, difference: Tensor | None) -> None:
+        """Record what `ordinal` gives with the features of evaluation `key`; tensors as in `add`."""
+        self.reused[key, ordinal] = self.guided(cond, difference)
+
+    def guided(self, cond: Tensor, difference: Tensor | None) -> Tensor:
+        """cond + (1 - guidance scale) * difference, both [batch, ...], subsampled: [batch, elements]."""
+        guided = cond if difference is None else cond + (1 - self.guidance_scale) * difference
+        return subsample(guided, len(cond))
+
+    def target(self, ordinal: int, x: Tensor, skip: Tensor, scale: float) -> Tensor:
+        """The guided output [batch, elements] at `ordinal` that leads a first-order sampler from `x` back to the latent
+        of this run. x, skip: [batch, ...] with denoised = skip + scale * output."""
+        here = subsample(x, len(x))
+        drift = (here - self.x[ordinal]) / self.steps[ordinal]
+        denoised = here - self.sigmas[ordinal] * (self.slope[ordinal] + drift)
+        return (denoised - subsample(skip, len(x))) / scale
+
+    @property
+    def final(self) -> Tensor:
+        """The denoised latent [batch, elements] of the last evaluation."""
+        return self.x[-1] - self.slope[-1] * self.sigmas[-1]
+
+    def products(self) -> np.ndarray:
+        """Mean products [k, k] of all values: n conditional outputs, n guided differences, reused outputs."""
+        count, elements = 2 * len(self.cond) + len(self.reused), self.cond[0].numel()
+        total, width = torch.zeros(count, count, dtype=torch.float64), max(CHUNK // count, 1)
+        for start in range(0, elements, width):
+            values = torch.stack(list(self._values(slice(start, start + width)))).double()
+            total += values @ values.T
+        return (total / elements).numpy()
+
+    def _values(self, part: slice) -> Iterator[Tensor]:
+        """A part of all values, flat, in the order of `products`."""
+        yield from (cond.flatten()[part] for cond in self.cond)
+        yield from (difference.flatten()[part] * (1 - self.guidance_scale) for difference in self.difference)
+        yield from (output.flatten()[part] for output in self.reused.values())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to take some evaluations in a row: its loss, its cost in units and the action of each."""
+
+    loss: float
+    units: int
+    actions: tuple[Action, ...]
+
+
+class Losses:
+    """What skipping between computed evaluations does to the latent, mean squared."""
+
+    def __init__(self, reference: Reference, forecasts: Sequence[Action] = (Action.PREDICT,)) -> None:
+        """forecasts: some of PREDICT and ESTIMATE. Where `reference` has outputs of reused features, REUSE and MIX are
+        compared as well."""
+        self.sigmas = reference.sigmas
+        self.count = len(self.sigmas)
+        self.products = reference.products()
+        self.effects = [step * gain for step, gain in zip(reference.steps, reference.gains, strict=True)]
+        self.forecasts = tuple(forecasts)
+        self.reused = {pair: 2 * self.count + i for i, pair in enumerate(reference.reused)}
+        self.costs = {action: COSTS[action] for action in forecasts}
+        self.costs |= {Action.REUSE: reference.reuse_cost, Action.MIX: reference.reuse_cost}
+        # The search counts whole units, and the fewer the faster.
+        self.full_units = REUSE_UNITS if self.reused else 2 if Action.ESTIMATE in forecasts else 1
+        self._ways: dict[tuple[Keys, int], dict[Action, tuple[np.ndarray, float]]] = {}
+
+    def scaled(self, factors: Sequence[float]) -> Losses:
+        """The same, where errors of each evaluation count `factors` times as much."""
+        scaled = copy.copy(self)
+        scaled.effects, scaled._ways = list(np.array(self.effects) * factors), {}
+        return scaled
+
+    def choices(self, keys: Keys, following: int) -> list[Choice]:
+        """Ways to skip everything from keys[0] to `following`, for `search.search`; none where nothing may be."""
+        ways = [self.ways(keys, m) for m in range(keys[0] + 1, following)]
+        if not all(ways):
+            return []
+        errors = np.stack([error for way in ways for error, _ in way.values()])
+        units = tuple((action, self._units(action)) for action in self.costs)
+        picks, actions, costs = _patterns(tuple(tuple(way) for way in ways), units)
+        loss = np.maximum(((picks @ (errors @ self.products @ errors.T)) * picks).sum(1), 0.0)
+        choices = (Choice(float(loss[i]), costs[i], actions[i]) for i in np.lexsort((loss, costs)))
+        return pareto(choices, lambda choice: choice.loss)
+
+    def ways(self, keys: Keys, m: int) -> dict[Action, tuple[np.ndarray, float]]:
+        """What may be done at `m` after `keys`: {action: (effect on the latent, as weights of all values; lambda)}."""
+        if (keys, m) not in self._ways:
+            ways = {action: (self._predict(keys, m, action), 1.0) for action in self.forecasts}
+            if (keys[0], m) in self.reused:
+                ways[Action.REUSE] = self._reuse(keys[0], m), 1.0
+                if Action.PREDICT in ways:
+                    ways |= self._mix(ways[Action.PREDICT][0], ways[Action.REUSE][0])
+            self._ways[keys, m] = ways
+        return self._ways[keys, m]
+
+    def steps(self, actions: Iterable[Action]) -> tuple[Step, ...]:
+        """The Steps of a policy for `actions`, one an evaluation."""
+        steps: list[Step] = []
+        keys: Keys = ()
+        for m, action in enumerate(actions):
+            if action is Action.COMPUTE:
+                keys = (m, *keys)[:DEPTH]
+                steps.append(COMPUTE)
+            else:
+                steps.append(Step(action, self.costs[action], self.ways(keys, m)[action][1]))
+        return tuple(steps)
+
+    def _units(self, action: Action) -> int:
+        return round(self.full_units * self.costs[action])
+
+    def _predict(self, keys: Keys, m: int, action: Action) -> np.ndarray:
+        """Effect of the error of PREDICT or ESTIMATE at `m`, true less predicted."""
+        error, rows = self._true(m), [self.count + k for k in keys]
+        prior = prior_weights([self.sigmas[k] for k in keys], self.sigmas[m])
+        if action is Action.PREDICT:  # the conditional output is predicted as well
+            rows, prior = [*keys, *rows], [*prior, *prior]
+        else:
+            error[m] = 0.0
+        error[rows] -= ridge(self.products[np.ix_(rows, rows)], self.products[rows] @ error, prior)
+        return error * self.effects[m]
+
+    def _reuse(self, key: int, m: int) -> np.ndarray:
+        error = self._true(m)
+        error[self.reused[key, m]] = -1.0
+        return error * self.effects[m]
+
+    def _mix(self, predict: np.ndarray, reuse: np.ndarray) -> dict[Action, tuple[np.ndarray, float]]:
+        """MIX at the lambda of least squared error, where it lies between PREDICT and REUSE."""
+        apart = predict - reuse
+        share = float(apart @ self.products @ predict / max(apart @ self.products @ apart, 1e-30))
+        low, high = MIX_LIMITS
+        return {Action.MIX: (predict - share * apart, share)} if low <= share <= high else {}
+
+    def _true(self, m: int) -> np.ndarray:
+        """The guided output at `m` as weights of all values."""
+        true = np.zeros(len(self.products))
+        true[[m, self.count + m]] = 1.0
+        return true
+
+
+def pareto(entries: Iterable[T], loss: Callable[[T], float]) -> list[T]:
+    """Those of `entries` (cheapest first) whose loss is below that of every cheaper one."""
+    front: list[T] = []
+    for entry in entries:
+        if not front or loss(entry) < loss(front[-1]):
+            front.append(entry)
+    return front
+
+
+def fit(values: Sequence[Tensor], target: Tensor, nodes: Sequence[float], sigma: float) -> list[float]:
+    """Weights of `values` (each [batch, elements], one or two per node, newest first) that come nearest to `target`.
+
+    nodes: sigmas of the values; sigma: of the target.
+    """
+    stacked, flat = torch.stack(list(values)).flatten(1).double(), target.flatten().double()
+    prior = prior_weights(nodes, sigma) * (len(stacked) // len(nodes))
+    return ridge((stacked @ stacked.T).numpy() / len(flat), (stacked @ flat).numpy() / len(flat), prior).tolist()
+
+
+def ridge(products: np.ndarray, against: np.ndarray, prior: Sequence[float]) -> np.ndarray:
+    """Least-squares weights [k] with a ridge `prior` [k]. products, against: [k, k], [k], mean products."""
+    pull = RIDGE * max(np.trace(products) / len(products), 1e-30)
+    return np.linalg.solve(products + pull * np.eye(len(products)), against + pull * np.asarray(prior))
+
+
+def prior_weights(nodes: Sequence[float], sigma: float) -> list[float]:
+    """Weights of up to three values at `nodes`, newest first, in the polynomial that is the prior at `sigma`.
+
+    Samplers with two calls a step visit a sigma twice: the older value there has no weight.
+    """
+    distinct = [i for i, node in enumerate(nodes) if node not in nodes[:i]]
+    if len(distinct) < len(nodes):
+        return spread(prior_weights([nodes[i] for i in distinct], sigma), distinct, len(nodes))
+    if len(nodes) < 3:
+        return lagrange(nodes, sigma)
+    return (np.array([1.0, *PRIOR]) @ np.array(term_weights(nodes, sigma))).tolist()
+
+
+def subsample(x: Tensor, batch: int) -> Tensor:
+    """The elements of `x` [batch, ...] that calibration looks at: [batch, elements] on the CPU, float32, a copy.
+
+    At most PICTURE_ELEMENTS of a picture and BATCH_ELEMENTS of the whole `batch`, at the same places every time.
+    """
+    x, most = x.flatten(1), min(PICTURE_ELEMENTS, BATCH_ELEMENTS // batch)
+    if x.shape[1] > most:
+        x = x[:, _places(x.shape[1], most).to(x.device)]
+    return x.to("cpu", torch.float32, copy=True)
+
+
+def rms(x: Tensor) -> float:
+    """Root mean square of everything."""
+    return float(x.double().pow(2).mean().sqrt())
+
+
+@lru_cache(maxsize=4)
+def _places(size: int, count: int) -> Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(0))[:count]
+
+
+@lru_cache(maxsize=4096)
+def _patterns(
+    allowed: tuple[tuple[Action, ...], ...], units: tuple[tuple[Action, int], ...]
+) -> tuple[np.ndarray, list[tuple[Action, ...]], list[int]]:
+    """Every way to give each evaluation one of its `allowed` actions: 0 or 1 [ways, actions of all], actions, units.
+
+    units: of each action.
+    """
+    cost, ways = dict(units), list(itertools.product(*allowed))
+    picks = [[float(action == way[i]) for i, some in enumerate(allowed) for action in some] for way in ways]
+    return np.array(picks), ways, [sum(cost[action] for action in way) for way in ways]

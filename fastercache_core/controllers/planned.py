@@ -1,0 +1,189 @@
+"""What is laid down beforehand: FRDiff's keyframes and score mixing, or the steps of a policy.
+
+Score mixing (FRDiff, arXiv 2312.03517), as in its released code: with r the part of sampling that is done,
+
+    lambda = clip((tau * (r - b) + 2) / 4, 0, 1),     score = lambda * reused + (1 - lambda) * held
+
+so early evaluations run no network at all (lambda 0) and late ones only reuse features (lambda 1). r is the step number
+over the number of steps of DDIM there; here it follows from sigma, so that it means the same with any scheduler.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+from torch import Tensor
+
+from ..actions import COMPUTE, Action, Step
+from ..calibration.policy import Policy
+from ..clock import Evaluation, Window
+from ..protocols import Controller, Pass, RunContext, Signals
+from ..signal import Signal
+
+# Stable Diffusion's noise schedule, on which the defaults of `tau` and `bias` were chosen.
+TIMESTEPS = 1000
+BETA_ROOTS = (0.00085**0.5, 0.012**0.5)
+# Below this lambda the released code runs no network.
+NO_CALL = 1e-10
+# How near an evaluation's sigma must be to the one that its step was laid down for, in log sigma.
+NEAR = 1e-2
+
+CONSTANT = {"automatic": 0.0, "scores": 0.0, "features": 1.0}
+MIXINGS = ("automatic", "paper", "scores", "features")
+
+
+@dataclass(frozen=True)
+class MixSettings:
+    """every: one keyframe in so many evaluations (M); mixing: "paper" = lambda as above, "scores" and "automatic" = 0
+    and "features" = 1 throughout; tau, bias: slope and middle of lambda; window: the part of sampling outside which
+    every evaluation is a keyframe."""
+
+    every: int = 2
+    mixing: str = "paper"
+    tau: float = 30.0
+    bias: float = 0.5
+    window: Window = field(default_factory=Window)
+
+    def controller(self, context: RunContext) -> Controller:
+        """The controller of one region of a run."""
+        return PlannedController(MixPlan(self, context))
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """policy: moved to the evaluations of a run before that begins, which makes StepsSettings of it."""
+
+    policy: Policy
+
+    def controller(self, context: RunContext) -> Controller:
+        """The controller of one region of a run at the policy's own sigmas."""
+        return StepsSettings(list(zip(self.policy.sigmas, self.policy.steps, strict=True))).controller(context)
+
+
+@dataclass(frozen=True)
+class StepsSettings:
+    """steps: (sigma, Step) of every evaluation; fewest: values that a step without weights needs, None for as many as
+    its forecaster uses."""
+
+    steps: Sequence[tuple[float, Step]]
+    fewest: int | None = None
+
+    def controller(self, context: RunContext) -> Controller:
+        """The controller of one region of a run."""
+        return PlannedController(StepsPlan(self.steps), self.fewest)
+
+
+class PlannedController:
+    """Follows a plan, and computes where a step cannot be taken, since too few values are known yet."""
+
+    corrects, probes, estimates_with_features = False, False, False
+
+    def __init__(self, plan: MixPlan | StepsPlan, fewest: int | None = None) -> None:
+        self.plan, self.fewest = plan, fewest
+
+    def choose(self, evaluation: Evaluation, signals: Signals) -> Step:
+        """See Controller."""
+        step = COMPUTE if evaluation.is_last else self.plan.at(evaluation)
+        known = all(self._known(signal, step.difference) for signal in signals.differences)
+        if step.action is Action.ESTIMATE:
+            return step if known and signals.differences else COMPUTE
+        if step.action in (Action.PREDICT, Action.MIX) and not (known and self._known(signals.output, step.cond)):
+            return COMPUTE if step.action is Action.PREDICT else Step(Action.REUSE)
+        return step
+
+    def unit(self, pass_: Pass, cond: Tensor) -> Tensor | None:
+        """See Controller: nothing here depends on errors."""
+        return None
+
+    def took(self, evaluation: Evaluation, action: Action) -> None:
+        """See Controller: a plan does not depend on what was done."""
+
+    def reset(self) -> None:
+        """See Controller: a plan has no past."""
+
+    def _known(self, signal: Signal | None, weights: Sequence[float]) -> bool:
+        if signal is None:
+            return False
+        return signal.known >= (len(weights) or self.fewest or signal.forecaster.depth)
+
+
+class StepsPlan:
+    """A step for every evaluation, where the run is where it was expected."""
+
+    def __init__(self, steps: Sequence[tuple[float, Step]]) -> None:
+        self.steps = steps
+
+    def at(self, evaluation: Evaluation) -> Step:
+        """The step of an evaluation; COMPUTE where its sigma is another one."""
+        if evaluation.ordinal >= len(self.steps):
+            return COMPUTE
+        sigma, step = self.steps[evaluation.ordinal]
+        return step if min(evaluation.sigma, sigma) > 0 and abs(math.log(evaluation.sigma / sigma)) < NEAR else COMPUTE
+
+
+class MixPlan:
+    """FRDiff: keyframes, and between them the last score, reused features or a mix of both.
+
+    Samplers with several calls a step have their keyframe at the last one: errors of the first only move the point that
+    is probed. Where scores may not be held, features are reused.
+    """
+
+    def __init__(self, settings: MixSettings, context: RunContext) -> None:
+        self.settings, self.context = settings, context
+        self.offset = first_offset([done(sigma, context.timestep) for sigma in context.sigmas[:2]])
+        self.high, self.low = settings.window.sigmas(context.percent_to_sigma)
+
+    def at(self, evaluation: Evaluation) -> Step:
+        """The step of an evaluation."""
+        if self.is_keyframe(evaluation):
+            return COMPUTE
+        share = self.share(evaluation) if self.context.predicts else 1.0
+        return Step({0.0: Action.PREDICT, 1.0: Action.REUSE}.get(share, Action.MIX), mix=share)
+
+    def is_keyframe(self, evaluation: Evaluation) -> bool:
+        """True for ordinals 0, M, 2M ... (earlier by the calls of a step beyond one) and outside the window."""
+        phase = self.context.solver.calls - 1
+        inside = self.low <= evaluation.sigma <= self.high
+        return not inside or evaluation.ordinal == 0 or (evaluation.ordinal + phase) % self.settings.every == 0
+
+    def share(self, evaluation: Evaluation) -> float:
+        """Lambda at `evaluation`: 0.0 = PREDICT, no network call; 1.0 = REUSE; between = MIX."""
+        s = self.settings
+        if s.mixing in CONSTANT:
+            return CONSTANT[s.mixing]
+        share = mix_share(done(evaluation.sigma, self.context.timestep) - self.offset, s.tau, s.bias)
+        return 0.0 if share < NO_CALL else share
+
+
+def mix_share(r: float, tau: float = 30.0, bias: float = 0.5) -> float:
+    """Lambda at the part `r` (0 to 1) of sampling that is done."""
+    return min(max((tau * (r - bias) + 2.0) / 4.0, 0.0), 1.0)
+
+
+def done(sigma: float, timestep: Callable[[float], float]) -> float:
+    """The part of sampling that is done at `sigma`: i/T on DDIM's grid of evenly spaced timesteps."""
+    return 1.0 - float(timestep(sigma)) / TIMESTEPS
+
+
+def first_offset(parts: Sequence[float]) -> float:
+    """What to take off `done`, so that it is 0 at the first of a run's evaluations: at most one step.
+
+    DDIM's grid begins up to one step below the noisiest timestep. parts: `done` at the first two sigmas.
+    """
+    return min(parts[0], parts[1] - parts[0]) if len(parts) == 2 else 0.0
+
+
+def flow_timestep(sigma: float) -> float:
+    """The timestep at which Stable Diffusion has the signal-to-noise ratio of a flow model at `sigma` (0 to 1)."""
+    ratio = sigma / max(1.0 - sigma, 1e-9)
+    return float(np.interp(np.log(max(ratio, 1e-9)), _log_sigmas(), np.arange(1, TIMESTEPS + 1)))
+
+
+@cache
+def _log_sigmas() -> np.ndarray:
+    left = np.cumprod(1.0 - np.linspace(*BETA_ROOTS, TIMESTEPS) ** 2)
+    return np.log((1.0 - left) / left) / 2.0

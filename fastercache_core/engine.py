@@ -1,0 +1,226 @@
+"""The engine: what every evaluation of one latent region does. Decide, act, observe, correct."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .actions import Action, Step
+from .corrector import Corrector
+from .features.probe import Probe
+from .protocols import FeatureUse, Network, Observer, Pass, Result, RunContext, Signals
+from .settings import CacheSettings
+from .signal import Signal, rms
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an evaluation did: its action, that of every active branch, the denoised latent of every branch, and how
+    many rows a probe ran beside."""
+
+    action: Action
+    actions: dict[int, Action]
+    outputs: list[Tensor]
+    probe_rows: int = 0
+
+
+class Engine:
+    """Runs the evaluations of one region: a run has one, or one per context window of a long video."""
+
+    def __init__(self, settings: CacheSettings, context: RunContext, observer: Observer | None = None) -> None:
+        self.settings, self.context, self.observer = settings, context, observer
+        self.controller = settings.controller.controller(context)
+        self.output = settings.output.signal() if settings.output else None
+        self.differences: dict[int, Signal] = {}
+        self.correctors: dict[int, Corrector] = {}
+        self.corrects = self.controller.corrects and context.solver.corrects
+        self.probe = Probe() if self.controller.probes and context.reuses else None
+        self.fingerprint: Any = None
+        self.used_at, self.computed_at = -1, -1
+
+    def evaluate(self, pass_: Pass, network: Network) -> Outcome:
+        """Denoised latents of all branches of a pass, by running `network` for as few as the controller says."""
+        self._forget_if_changed(pass_)
+        if self.observer:
+            network = self.observer.before(pass_, network)
+        step = self._decide(pass_)
+        outcome = self._act(step, pass_, network)
+        self._observe(outcome, pass_)
+        return self._correct(outcome, pass_)
+
+    def reset(self) -> None:
+        """Forget everything, so that the next evaluation is computed."""
+        for signal in self._signals():
+            signal.clear()
+        if self.probe:
+            self.probe.reset()
+        self.controller.reset()
+        self.correctors.clear()
+        self.computed_at = -1
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
+        signals = [t for signal in self._signals() for t in signal.tensors()]
+        return signals + [t for corrector in self.correctors.values() for t in corrector.tensors()]
+
+    def _forget_if_changed(self, pass_: Pass) -> None:
+        if self.fingerprint is not None and pass_.fingerprint != self.fingerprint:
+            self.reset()
+        self.fingerprint, self.used_at = pass_.fingerprint, pass_.evaluation.ordinal
+
+    # Decide
+
+    def _decide(self, pass_: Pass) -> Step:
+        if not pass_.has_reference:
+            return Step(Action.COMPUTE)
+        return self.controller.choose(pass_.evaluation, self._known(pass_))
+
+    def _known(self, pass_: Pass) -> Signals:
+        return Signals(self.output, [self.differences.get(i) for i in pass_.others], self.probe)
+
+    # Act
+
+    def _act(self, step: Step, pass_: Pass, network: Network) -> Outcome:
+        if step.action is Action.PREDICT:
+            outputs = self._fill(self._weighed(step, pass_, ()), pass_)
+            return Outcome(Action.PREDICT, dict.fromkeys(pass_.active, Action.PREDICT), outputs)
+        if step.action is Action.ESTIMATE:
+            return self._estimate(step, pass_, network)
+        if step.action is Action.COMPUTE and self._probe_is_due(pass_):
+            return self._compute_and_probe(pass_, network)
+        use = FeatureUse.REUSE if step.action.reuses else FeatureUse.STORE
+        result = network.run(pass_, pass_.branches, use)
+        if step.action is Action.MIX and result.reused:
+            return self._mix(step, pass_, result)
+        return _ran(pass_, result)
+
+    def _estimate(self, step: Step, pass_: Pass, network: Network) -> Outcome:
+        """The reference by the network, the others from it."""
+        alone = [branch if i == pass_.reference else None for i, branch in enumerate(pass_.branches)]
+        use = FeatureUse.REUSE if self.controller.estimates_with_features else FeatureUse.STORE
+        result = network.run(pass_, alone, use)
+        cond = result.outputs[pass_.reference]
+        outputs = self._fill(self._weighed(step, pass_, result.outputs), pass_, cond)
+        actions = dict.fromkeys(pass_.active, Action.ESTIMATE)
+        actions[pass_.reference] = Action.REUSE if result.reused else Action.COMPUTE
+        return Outcome(Action.ESTIMATE, actions, outputs)
+
+    def _mix(self, step: Step, pass_: Pass, result: Result) -> Outcome:
+        """Of what came with reused features and what is predicted (FRDiff's score mixing)."""
+        predicted = self._fill(self._weighed(step, pass_, result.outputs), pass_)
+        outputs = [*result.outputs]
+        for i in pass_.active:
+            outputs[i] = torch.lerp(predicted[i], outputs[i], step.mix)
+        return Outcome(Action.MIX, dict.fromkeys(pass_.active, Action.MIX), outputs)
+
+    def _weighed(self, step: Step, pass_: Pass, outputs: Sequence[Tensor]) -> Step:
+        return self.observer.weigh(step, pass_, self._known(pass_), outputs) if self.observer else step
+
+    def _fill(self, step: Step, pass_: Pass, cond: Tensor | None = None) -> list[Tensor]:
+        """Denoised latents of all branches: the reference's is `cond`, or predicted, the others follow from it."""
+        sigma, space = pass_.evaluation.sigma, pass_.space
+        if cond is None:
+            assert self.output is not None
+            cond = space.denoised(self.output.predict(sigma, values=step.cond).to(pass_.x.dtype))
+        # The host leaves inactive branches at zero.
+        outputs = [cond if i in pass_.active else torch.zeros_like(cond) for i in range(len(pass_.branches))]
+        for i in pass_.others:
+            outputs[i] = self.differences[i].predict(sigma, cond, space.scale, step.difference)
+        return outputs
+
+    def _probe_is_due(self, pass_: Pass) -> bool:
+        compares = pass_.has_reference and self.computed_at >= 0
+        return bool(self.probe and compares and self.probe.due(pass_.evaluation))
+
+    def _compute_and_probe(self, pass_: Pass, network: Network) -> Outcome:
+        """Everything by the network, once more with features from the cache if there are any: their error shows."""
+        assert self.probe is not None
+        tried = network.run(pass_, pass_.branches, FeatureUse.PROBE)
+        outcome = _ran(pass_, network.run(pass_, pass_.branches, FeatureUse.STORE))
+        if tried.reused:
+            error = self._error(tried.outputs, outcome.outputs, pass_)
+            age = pass_.evaluation.ordinal - self.computed_at
+            self.probe.observe(pass_.evaluation, error, age, tried.deep)
+        return replace(outcome, probe_rows=tried.rows)
+
+    def _error(self, outputs: Sequence[Tensor], true: Sequence[Tensor], pass_: Pass) -> Tensor:
+        """Relative error of the latent's slope by denoised `outputs` in place of `true` ones, [batch]."""
+        space, reference = pass_.space, pass_.reference
+        error = rms(space.difference(outputs[reference], true[reference]))
+        for i in pass_.others:
+            change = (outputs[i] - outputs[reference]) - (true[i] - true[reference])
+            error = error + rms(change / space.scale) * self._guidance
+        return error * space.unit(pass_.x)
+
+    # Observe
+
+    def _observe(self, outcome: Outcome, pass_: Pass) -> None:
+        """Learn from an evaluation at which everything was computed."""
+        if self.observer:
+            self.observer.after(pass_, outcome.action, outcome.outputs)
+        if not pass_.has_reference:
+            return
+        self.controller.took(pass_.evaluation, outcome.action)
+        if outcome.action is not Action.COMPUTE:
+            return
+        self.computed_at = pass_.evaluation.ordinal
+        sigma, space, cond = pass_.evaluation.sigma, pass_.space, outcome.outputs[pass_.reference]
+        unit = self.controller.unit(pass_, cond)
+        if self.output:
+            self.output.observe(sigma, space.output(cond), unit)
+        if self.settings.difference:
+            guided = None if unit is None else unit * self._guidance
+            for i in pass_.others:
+                self._difference(i).observe(sigma, space.difference(outcome.outputs[i], cond), guided)
+
+    def _difference(self, index: int) -> Signal:
+        if index not in self.differences:
+            assert self.settings.difference is not None
+            self.differences[index] = self.settings.difference.signal(self.context.percent_to_sigma)
+        return self.differences[index]
+
+    @property
+    def _guidance(self) -> float:
+        """By how much an error of a difference is multiplied in the guided output."""
+        return abs(self.context.guidance_scale - 1)
+
+    def _signals(self) -> list[Signal]:
+        return [*([self.output] if self.output else []), *self.differences.values()]
+
+    # Correct
+
+    def _correct(self, outcome: Outcome, pass_: Pass) -> Outcome:
+        """What forecasts before this evaluation got wrong is taken back by what the sampler gets now."""
+        if not (self.corrects and pass_.has_reference):
+            return outcome
+        shifts = self._shifts(outcome, pass_)
+        outputs = [*outcome.outputs]
+        for i in pass_.active:
+            own = [shift for j in {pass_.reference, i} if (shift := shifts.get(j)) is not None]
+            if own:
+                outputs[i] = pass_.space.add(outputs[i], sum(own[1:], own[0]))
+        return replace(outcome, outputs=outputs)
+
+    def _shifts(self, outcome: Outcome, pass_: Pass) -> dict[int, Tensor | None]:
+        """What to add to the signal of each branch."""
+        evaluation, space, reference = pass_.evaluation, pass_.space, pass_.reference
+        cond, shifts = outcome.outputs[reference], {}
+        for i in (reference, *pass_.others):
+            signal = self.output if i == reference else self.differences.get(i)
+            corrector = self.correctors.setdefault(i, Corrector(self.context.solver))
+            if signal and outcome.action is Action.COMPUTE:
+                shifts[i] = corrector.computed(evaluation, signal.forecaster, space.scale)
+            elif signal:
+                value = space.output(cond) if i == reference else space.difference(outcome.outputs[i], cond)
+                shifts[i] = corrector.predicted(evaluation, value, space.scale)
+        return shifts
+
+
+def _ran(pass_: Pass, result: Result) -> Outcome:
+    """The outcome of a run of all branches, some of which may have taken features from the cache."""
+    actions = {i: Action.REUSE if i in result.reused else Action.COMPUTE for i in pass_.active}
+    return Outcome(Action.REUSE if result.reused else Action.COMPUTE, actions, result.outputs)

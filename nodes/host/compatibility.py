@@ -1,0 +1,150 @@
+"""What cannot work with what, decided before sampling starts: every refusal has its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from comfy.patcher_extension import WrappersMP
+
+from ...fastercache_core import messages
+from ...fastercache_core.controllers.adaptive import AdaptiveSettings, floor
+from ...fastercache_core.controllers.interval import IntervalSettings
+from ...fastercache_core.features.reuse import ReuseSettings
+from ...fastercache_core.settings import CacheSettings
+from ...fastercache_core.solvers import Solver, find_solver
+from .families import available, find_family
+from .model_call import uncompiled
+
+
+@dataclass(frozen=True)
+class RunSetup:
+    """What a run is, in the host's terms: guider, SAMPLER, sigmas, and shape of the latent [batch, channels, ...]."""
+
+    guider: Any
+    sampler: Any
+    sigmas: tuple[float, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def sampler_name(self) -> str:
+        """Name of the sampler's function; its class name where it has none."""
+        return sampler_name(self.sampler)
+
+    @cached_property
+    def solver(self) -> Solver | None:
+        """What is known of the sampler; None for adaptive step sizes and for samplers from elsewhere."""
+        return find_solver(self.sampler_name, getattr(self.sampler, "extra_options", {}).get("s_churn", 0.0))
+
+    @property
+    def cfg(self) -> float | None:
+        """The guider's cfg, None where it has none."""
+        cfg = getattr(self.guider, "cfg", None)
+        return cfg if isinstance(cfg, (int, float)) else None
+
+    @property
+    def guidance_scale(self) -> float:
+        """The largest scale by which the guider multiplies differences between its branches."""
+        scales = [getattr(self.guider, name, 1.0) for name in ("cfg", "cfg1", "cfg2")]
+        return max(scale for scale in scales if isinstance(scale, (int, float)))
+
+    @property
+    def model_sampling(self) -> Any:
+        """The host's object of that name."""
+        return self.guider.model_patcher.get_model_object("model_sampling")
+
+
+def sampler_name(sampler: Any) -> str:
+    """Name of a SAMPLER object's function; its class name where it has none."""
+    return getattr(getattr(sampler, "sampler_function", None), "__name__", type(sampler).__name__)
+
+
+def compatible(settings: CacheSettings, setup: RunSetup) -> tuple[CacheSettings, list[str]]:
+    """`settings` without what cannot work in a run, and the reasons."""
+    reasons = refusals(settings, setup)
+    notes = list(dict.fromkeys(reasons.values()))
+    off: Any = dict.fromkeys(reasons)
+    settings = replace(settings, **off)
+    if not (settings.difference or settings.reuse or settings.output):
+        notes.append(messages.NOTHING_ON)
+    if isinstance(settings.controller, AdaptiveSettings) and setup.solver:
+        settings, more = _fit_adaptive(settings, settings.controller, setup.solver, setup.sampler_name)
+        notes += more
+    return settings, notes
+
+
+def refusals(settings: CacheSettings, setup: RunSetup) -> dict[str, str]:
+    """Parts of `settings` (names of fields) that must not run, with the reason of each."""
+    wanted = [name for name in ("output", "difference", "reuse") if getattr(settings, name) is not None]
+    reason = _no_caching(setup)
+    if reason:
+        return dict.fromkeys(wanted, reason)
+    corrected = bool(setup.solver and setup.solver.corrects) and isinstance(settings.controller, AdaptiveSettings)
+    checks: dict[str, Callable[[], str | None]] = {
+        "output": lambda: _no_prediction(setup, corrected),
+        "difference": lambda: None,
+        "reuse": lambda: _no_features(settings.reuse, setup),
+    }
+    return {name: reason for name in wanted if (reason := checks[name]())}
+
+
+def is_compiled(model: Any) -> bool:
+    """True when torch.compile is at work in a MODEL (ModelPatcher), by the host's node or as another node's patch."""
+    wrapped = model.wrappers.get(WrappersMP.APPLY_MODEL, {}).get("torch.compile")
+    return bool(wrapped) or any(hasattr(patch, "_orig_mod") for patch in model.object_patches.values())
+
+
+def keeps_reference_only(settings: CacheSettings) -> bool:
+    """True where only the reference branch reuses features: at intervals, those of a branch that is mostly estimated
+    would go stale before they are of use."""
+    return isinstance(settings.controller, IntervalSettings) and settings.difference is not None
+
+
+def _no_caching(setup: RunSetup) -> str | None:
+    options = setup.guider.model_options
+    transformer_options = options.get("transformer_options", {})
+    if "easycache" in transformer_options:
+        return messages.EASYCACHE
+    if options.get("multigpu_clones"):
+        return messages.MULTIGPU
+    patches = transformer_options.get("patches", {}).get("attn1_output_patch", [])
+    if any("NAGuidance" in getattr(patch, "__qualname__", "") for patch in patches):
+        return messages.NAG
+    return None if setup.solver else messages.unknown_sampler(setup.sampler_name)
+
+
+def _no_prediction(setup: RunSetup, corrected: bool) -> str | None:
+    solver, name = setup.solver, setup.sampler_name
+    if "sampler_calc_cond_batch_function" in setup.guider.model_options:
+        return messages.BRANCHES_ONE_BY_ONE
+    if solver and solver.noise:
+        return messages.adds_noise(name)
+    if solver and (solver.calls > 1 or solver.order > 1) and not corrected:
+        return messages.builds_on_differences(name)
+    return None
+
+
+def _no_features(reuse: ReuseSettings | None, setup: RunSetup) -> str | None:
+    family = find_family(uncompiled(setup.guider.model_patcher.model.diffusion_model))
+    kinds = reuse.intervals if reuse else {}
+    return None if available(family, kinds)[0] else messages.no_feature_kinds(family.name, list(kinds))
+
+
+def _fit_adaptive(
+    settings: CacheSettings, controller: AdaptiveSettings, solver: Solver, name: str
+) -> tuple[CacheSettings, list[str]]:
+    """The adaptive mode with a target that it can serve, with features only where they help, and the notes."""
+    notes, lowest = [], floor(solver)
+    if controller.target < lowest:
+        settings = replace(settings, controller=replace(controller, target=lowest))
+        if settings.difference or settings.output:
+            notes.append(messages.below_target(controller.target, lowest, name))
+    if solver.corrects and settings.difference:
+        # Where only the negative pass is estimated, every second time at most, the fitted forecast was closer.
+        settings = replace(settings, difference=replace(settings.difference, forecast="hedged"))
+    if solver.corrects and settings.reuse:
+        settings = replace(settings, reuse=None)
+        notes.append(messages.features_not_needed(name))
+    return settings, notes

@@ -1,0 +1,121 @@
+"""The host's network, as the engine runs it: one evaluation of one region."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...fastercache_core.protocols import FeatureUse, Pass, Result
+from .conditioning import Key, branch_keys, keys_ahead, window_of
+from .feature_pass import FeaturePass, FeatureRequest
+from .model_call import BranchesCall, ModelCall
+
+# Where the network finds, in the transformer's options, what it was asked for.
+REQUEST_KEY = "fastercache_request"
+
+
+@dataclass
+class Request:
+    """What the engine asked for in one run of the network, and what came of it.
+
+    ahead: branches of this evaluation whose features will be stored; only: the one branch that uses features, None for
+    all. rows: what entered the network; reused: branches that took features from the cache, of these kinds.
+    """
+
+    features: FeaturePass
+    use: FeatureUse
+    ahead: list[Key]
+    only: int | None = None
+    rows: int = 0
+    reused: set[int] = field(default_factory=set)
+    kinds: set[str] = field(default_factory=set)
+    seen: Counter[Any] = field(default_factory=Counter)
+
+    def serve(self, call: ModelCall) -> torch.Tensor:
+        """Run one batch of chunks, with features from the cache where they were asked for."""
+        self.rows += call.x.shape[0]
+        branches = branch_keys(call.options, call.x.shape, self.seen)
+        kept = [branch if self._keeps(branch) else None for branch in branches]
+        ahead = [branch for branch in self.ahead if self._keeps(branch)]
+        request = FeatureRequest(branches, kept, self.use is not FeatureUse.STORE, ahead)
+        output, kinds = self.features.run(call, request)
+        if kinds:
+            self.reused.update(branch[1] for branch in branches)
+            self.kinds |= kinds
+        return output
+
+    def _keeps(self, branch: Key) -> bool:
+        return self.use is not FeatureUse.PROBE and self.only in (None, branch[1])
+
+
+class HostNetwork:
+    """The network of one evaluation of one region; see protocols.Network."""
+
+    def __init__(self, call: BranchesCall, features: FeaturePass | None, reference_only: bool = False) -> None:
+        """reference_only: only the reference branch uses features."""
+        self.call, self.features, self.reference_only = call, features, reference_only
+        self.controls: dict[int, RememberedControl] = {}
+
+    def run(self, pass_: Pass, branches: Sequence[Any], features: FeatureUse) -> Result:
+        """Run `branches`: those of the pass, None for one that must not run."""
+        if self.features is None:
+            return Result(self.call.run(branches))
+        options = self.call.options["transformer_options"]
+        window, sigma = window_of(options), pass_.evaluation.sigma
+        ahead = keys_ahead(pass_.branches, window, pass_.x.shape, sigma)
+        if features is FeatureUse.PROBE:
+            if not self.features.reusable(ahead, options):
+                return Result([])
+            branches = self._remembering(branches)
+        elif self.controls:
+            branches = self._remembering(branches)
+        request = Request(self.features, features, ahead, pass_.reference if self.reference_only else None)
+        outputs = self.call.run(branches, REQUEST_KEY, request)
+        return Result(outputs, frozenset(request.reused), request.rows, self.features.deep(request.kinds))
+
+    def using(self, features: FeaturePass) -> HostNetwork:
+        """The same network with other features."""
+        return HostNetwork(self.call, features)
+
+    def _remembering(self, branches: Sequence[Any]) -> list[Any]:
+        """`branches` whose ControlNets run once in this evaluation, however often the network does."""
+        for remembered in self.controls.values():
+            remembered.begin()
+        return [branch and [self._with_control(cond) for cond in branch] for branch in branches]
+
+    def _with_control(self, cond: dict[str, Any]) -> dict[str, Any]:
+        control = cond.get("control")
+        if control is None:
+            return cond
+        remembered = self.controls.setdefault(id(control), RememberedControl(control))
+        return {**cond, "control": remembered}
+
+
+class RememberedControl:
+    """A ControlNet of the host whose residuals are computed once in an evaluation for every batch that asks."""
+
+    def __init__(self, control: Any) -> None:
+        self.control = control
+        self.residuals: dict[Any, Any] = {}
+        self.seen: Counter[Any] = Counter()
+
+    def begin(self) -> None:
+        """The network runs once more: the same batches come again in the same order."""
+        self.seen.clear()
+
+    def get_control(self, x: torch.Tensor, t: torch.Tensor, cond: Any, count: int, options: Any) -> Any:
+        """The residuals of a batch, as the host asks for them: fresh lists, which it takes apart."""
+        key = tuple(map(str, options["uuids"])), tuple(options["cond_or_uncond"]), tuple(x.shape)
+        place = (key, self.seen[key])
+        self.seen[key] += 1
+        if place not in self.residuals:
+            self.residuals[place] = self.control.get_control(x, t, cond, count, options)
+        found = self.residuals[place]
+        return {name: list(values) for name, values in found.items()} if isinstance(found, dict) else found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.control, name)

@@ -1,0 +1,144 @@
+"""Puts settings and wrappers on a clone of a MODEL, and finds what its last run reported.
+
+The only place that counts the host's positional arguments.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import comfy.model_patcher
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ...fastercache_core.report import summary_line
+from ...fastercache_core.settings import CacheSettings
+from .announce import announce
+from .compatibility import RunSetup
+from .conditioning import step_hooks
+from .model_call import BranchesCall, ModelCall
+from .network import REQUEST_KEY
+from .run import CacheRun, RunObserver
+
+SETTINGS_KEY = "fastercache"
+RUN_KEY = "fastercache_run"
+BOX_KEY = "fastercache_report"
+OBSERVER_KEY = "fastercache_observer"
+
+
+class ReportBox:
+    """Holds the last run's report, plain JSON data, for whoever has the MODEL."""
+
+    def __init__(self, node_id: str | None = None) -> None:
+        self.node_id = node_id
+        self.report: dict[str, Any] | None = None
+
+
+def attach(model: Any, settings: CacheSettings, node_id: str | None = None) -> Any:
+    """Return a clone of `model` (ModelPatcher) that samples under `settings`.
+
+    A second cache node on the same model replaces the first one's settings.
+    """
+    patched = _wrapped(model, settings)
+    patched.set_attachments(BOX_KEY, ReportBox(node_id))
+    return patched
+
+
+def observed(model: Any, settings: CacheSettings, observer: RunObserver) -> Any:
+    """Return a clone of `model` (ModelPatcher) whose runs `observer` looks at, and that reports nothing."""
+    patched = _wrapped(model, settings)
+    patched.model_options["transformer_options"][OBSERVER_KEY] = observer
+    patched.remove_attachments(BOX_KEY)
+    return patched
+
+
+def last_report(model: Any) -> dict[str, Any] | None:
+    """The report of the last run of a MODEL, or None when it was never sampled or not patched."""
+    box = model.get_attachment(BOX_KEY)
+    return box.report if box else None
+
+
+def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """OUTER_SAMPLE: one run. args: noise, latent_image, sampler, sigmas, ..."""
+    guider, options = executor.class_obj, executor.class_obj.model_options
+    settings = options["transformer_options"][SETTINGS_KEY]
+    observer = options["transformer_options"].get(OBSERVER_KEY)
+    shape = (kwargs.get("latent_shapes") or [args[0].shape])[0]  # of packed latents the first
+    run = CacheRun(settings, RunSetup(guider, args[2], tuple(args[3].tolist()), tuple(shape)), observer)
+    try:
+        guider.model_options = comfy.model_patcher.create_model_options_clone(options)
+        guider.model_options["transformer_options"][RUN_KEY] = run
+        return executor(*args, **kwargs)
+    finally:
+        guider.model_options = options
+        run.close()
+        if observer is None:
+            _deliver(guider.model_patcher.get_attachment(BOX_KEY), run.report.as_dict())
+
+
+def predict_noise(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """PREDICT_NOISE: one evaluation. args: x, timestep, model_options, seed."""
+    run = _run_of(args[2] if len(args) > 2 else kwargs["model_options"])
+    if run is None:
+        return executor(*args, **kwargs)
+    run.begin(args[1])
+    denoised = executor(*args, **kwargs)
+    run.done(args[0], denoised)
+    return denoised
+
+
+def calc_cond_batch(executor: Any, *args: Any) -> list[torch.Tensor]:
+    """CALC_COND_BATCH: all branches of one evaluation, or an extra pass of another node.
+
+    args: model, conds, x, timestep, model_options.
+    """
+    call = BranchesCall(executor, *args)
+    run = _run_of(call.options)
+    if run is None or run.evaluation is None or not run.first_pass(call.options):
+        return executor(*args)
+    step_hooks(call.model, call.conds, run.evaluation.sigma, call.timestep, call.options)
+    return run.evaluate(call)
+
+
+def apply_model(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """APPLY_MODEL: one batch through the network. args: x, t, c_concat, c_crossattn, control, options."""
+    run = _run_of({"transformer_options": args[5]})
+    if run is None:
+        return executor(*args, **kwargs)
+    run.count(args[0].shape[0])
+    request = args[5].get(REQUEST_KEY)
+    if request is None:
+        return executor(*args, **kwargs)
+    x, t, c_concat, c_crossattn, control, options, *rest = args
+    return request.serve(ModelCall(executor, x, t, c_concat, c_crossattn, control, options, tuple(rest), kwargs))
+
+
+WRAPPERS = {
+    WrappersMP.OUTER_SAMPLE: outer_sample,
+    WrappersMP.PREDICT_NOISE: predict_noise,
+    WrappersMP.CALC_COND_BATCH: calc_cond_batch,
+    WrappersMP.APPLY_MODEL: apply_model,
+}
+
+
+def _wrapped(model: Any, settings: CacheSettings) -> Any:
+    patched = model.clone()
+    options = patched.model_options["transformer_options"]
+    options.pop(OBSERVER_KEY, None)
+    options[SETTINGS_KEY] = settings
+    for kind, wrapper in WRAPPERS.items():
+        patched.remove_wrappers_with_key(kind, SETTINGS_KEY)
+        patched.add_wrapper_with_key(kind, SETTINGS_KEY, wrapper)
+    return patched
+
+
+def _run_of(options: dict[str, Any]) -> CacheRun | None:
+    return options.get("transformer_options", {}).get(RUN_KEY)
+
+
+def _deliver(box: ReportBox | None, report: dict[str, Any]) -> None:
+    logging.info(summary_line(report))
+    if box is not None:
+        box.report = report
+        announce(box.node_id, report)
