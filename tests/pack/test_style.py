@@ -10,7 +10,7 @@ from testbed.check import CHECKS, PACKAGES, check
 ROOT = Path(__file__).parents[2]
 SHORT, LONGEST, SHORT_SHARE = 22, 45, 0.9  # lines: short functions have fewer than SHORT
 PARAMETERS = 6  # at most, beside self and cls
-LINES = 6350  # of shipped code in all
+CODE = 4370  # lines of shipped code in all, without blank lines, imports, comments and docstrings
 
 
 def shipped() -> list[Path]:
@@ -39,6 +39,20 @@ def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return len([n for n in named if n not in ("self", "cls")]) + bool(node.args.vararg) + bool(node.args.kwarg)
 
 
+def lines_of_code(text: str) -> int:
+    """Lines that are neither blank nor a comment, nor part of an import or a docstring."""
+    nodes = list(ast.walk(ast.parse(text)))
+    left_out = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) or is_docstring(node)]
+    skipped = {line for node in left_out for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+    lines = enumerate(text.splitlines(), 1)
+    return sum(bool(line.strip()) and line.strip()[0] != "#" and n not in skipped for n, line in lines)
+
+
+def is_docstring(node: ast.AST) -> bool:
+    """True for a text that stands alone."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
 @pytest.mark.parametrize("name", CHECKS)
 def test_the_check_is_content(name: str) -> None:
     result = check(name)
@@ -57,4 +71,4 @@ def test_functions_take_few_parameters() -> None:
 
 
 def test_shipped_code_does_not_grow() -> None:
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in shipped()) <= LINES
+    assert sum(lines_of_code(path.read_text(encoding="utf-8")) for path in shipped()) <= CODE
