@@ -7,7 +7,7 @@
     python dev.py bench quality --all                             # everything, every step count
 
 Methods: fewer steps; the host's EasyCache and LazyCache; the papers' methods at the papers' settings;
-every preset of FasterCache; its adaptive mode, by target PSNR, without and with features among
+every preset of FasterCache; its adaptive controller, by target PSNR, without and with features among
 its actions; nodes named by --node. Cost is network rows; counted operations where features are reused.
 Finished cells are stored in output/quality/cells.jsonl and not sampled again. Writes summary.json and
 frontier.png there and prints a table.
@@ -148,7 +148,7 @@ def methods(setting: Setting, host: Host, options: argparse.Namespace) -> list[M
 
 
 def own_methods(declared: Mapping[str, Any]) -> Iterable[Method]:
-    """The presets of FasterCache and its adaptive mode, as far as its `declared` inputs have them."""
+    """The presets of FasterCache and its adaptive controller, as far as its `declared` inputs have them."""
     for preset in choices(declared["preset"]):
         if preset != "none":
             kind = "paper" if preset == "paper" else "preset"
@@ -159,7 +159,7 @@ def own_methods(declared: Mapping[str, Any]) -> Iterable[Method]:
 
 
 def adaptive(kind: str, target: float, **inputs: Any) -> Method:
-    """The adaptive mode with a target PSNR in dB."""
+    """The adaptive controller with a target PSNR in dB."""
     name = f"{target:g} dB{', features' if inputs else ''}"
     return Method(kind, name, (("FasterCache", {"closeness": target, **inputs}),), target=target)
 

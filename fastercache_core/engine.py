@@ -37,8 +37,8 @@ class Engine:
         self.output = settings.output.signal() if settings.output else None
         self.differences: dict[int, Signal] = {}
         self.correctors: dict[int, Corrector] = {}
-        self.corrects = self.controller.corrects and context.solver.corrects
-        self.probe = Probe() if self.controller.probes and context.reuses else None
+        self.corrects = settings.controller.corrects and context.solver.corrects
+        self.probe = Probe() if settings.controller.probes and context.reuses else None
         self.fingerprint: Any = None
         self.used_at, self.computed_at = -1, -1
 
@@ -86,7 +86,7 @@ class Engine:
 
     def _act(self, step: Step, pass_: Pass, network: Network) -> Outcome:
         if step.action is Action.PREDICT:
-            outputs = self._fill(self._weighed(step, pass_, ()), pass_)
+            outputs = self._fill(self._with_weights(step, pass_, ()), pass_)
             return Outcome(Action.PREDICT, dict.fromkeys(pass_.active, Action.PREDICT), outputs)
         if step.action is Action.ESTIMATE:
             return self._estimate(step, pass_, network)
@@ -101,23 +101,23 @@ class Engine:
     def _estimate(self, step: Step, pass_: Pass, network: Network) -> Outcome:
         """The reference by the network, the others from it."""
         alone = [branch if i == pass_.reference else None for i, branch in enumerate(pass_.branches)]
-        use = FeatureUse.REUSE if self.controller.estimates_with_features else FeatureUse.STORE
+        use = FeatureUse.REUSE if self.settings.controller.reference_only else FeatureUse.STORE
         result = network.run(pass_, alone, use)
         cond = result.outputs[pass_.reference]
-        outputs = self._fill(self._weighed(step, pass_, result.outputs), pass_, cond)
+        outputs = self._fill(self._with_weights(step, pass_, result.outputs), pass_, cond)
         actions = dict.fromkeys(pass_.active, Action.ESTIMATE)
         actions[pass_.reference] = Action.REUSE if result.reused else Action.COMPUTE
         return Outcome(Action.ESTIMATE, actions, outputs)
 
     def _mix(self, step: Step, pass_: Pass, result: Result) -> Outcome:
         """Of what came with reused features and what is predicted (FRDiff's score mixing)."""
-        predicted = self._fill(self._weighed(step, pass_, result.outputs), pass_)
+        predicted = self._fill(self._with_weights(step, pass_, result.outputs), pass_)
         outputs = [*result.outputs]
         for i in pass_.active:
             outputs[i] = torch.lerp(predicted[i], outputs[i], step.mix)
         return Outcome(Action.MIX, dict.fromkeys(pass_.active, Action.MIX), outputs)
 
-    def _weighed(self, step: Step, pass_: Pass, outputs: Sequence[Tensor]) -> Step:
+    def _with_weights(self, step: Step, pass_: Pass, outputs: Sequence[Tensor]) -> Step:
         return self.observer.weigh(step, pass_, self._known(pass_), outputs) if self.observer else step
 
     def _fill(self, step: Step, pass_: Pass, cond: Tensor | None = None) -> list[Tensor]:
@@ -139,13 +139,13 @@ class Engine:
     def _compute_and_probe(self, pass_: Pass, network: Network) -> Outcome:
         """Everything by the network, once more with features from the cache if there are any: their error shows."""
         assert self.probe is not None
-        tried = network.run(pass_, pass_.branches, FeatureUse.PROBE)
+        probed = network.run(pass_, pass_.branches, FeatureUse.PROBE)
         outcome = _ran(pass_, network.run(pass_, pass_.branches, FeatureUse.STORE))
-        if tried.reused:
-            error = self._error(tried.outputs, outcome.outputs, pass_)
+        if probed.reused:
+            error = self._error(probed.outputs, outcome.outputs, pass_)
             age = pass_.evaluation.ordinal - self.computed_at
-            self.probe.observe(pass_.evaluation, error, age, tried.deep)
-        return replace(outcome, probe_rows=tried.rows)
+            self.probe.observe(pass_.evaluation, error, age, probed.deep)
+        return replace(outcome, probe_rows=probed.rows)
 
     def _error(self, outputs: Sequence[Tensor], true: Sequence[Tensor], pass_: Pass) -> Tensor:
         """Relative error of the latent's slope by denoised `outputs` in place of `true` ones, [batch]."""

@@ -131,15 +131,7 @@ class Signals:
 
 
 class Controller(Protocol):
-    """Decides what every evaluation of one region does, during one run.
-
-    corrects: errors of predicted steps are corrected where the solver allows it; probes: features are probed;
-    estimates_with_features: the reference takes features from the cache where the others are estimated.
-    """
-
-    corrects: bool
-    probes: bool
-    estimates_with_features: bool
+    """Decides what every evaluation of one region does, during one run."""
 
     def choose(self, evaluation: Evaluation, signals: Signals) -> Step:
         """What `evaluation` does."""
@@ -155,7 +147,29 @@ class Controller(Protocol):
 
 
 class ControllerSettings(Protocol):
-    """The settings of a controller, and what makes it."""
+    """The settings of a controller, what makes it, and what a run under it is like.
+
+    corrects: errors of predicted steps are corrected where the solver allows it. probes: features are probed, and
+    reused by their error up to `longest_reuse` evaluations on (None: up to their own interval). reference_only: beside
+    estimated branches only the reference uses features. holds_slope: signals are slopes, not the network's outputs.
+    uses_errors: nothing is skipped before forecasts are good enough.
+    """
+
+    @property
+    def corrects(self) -> bool: ...
+    @property
+    def probes(self) -> bool: ...
+    @property
+    def longest_reuse(self) -> int | None: ...
+    @property
+    def reference_only(self) -> bool: ...
+    @property
+    def holds_slope(self) -> bool: ...
+    @property
+    def uses_errors(self) -> bool: ...
+
+    def served(self, solver: Solver, sampler: str) -> tuple[ControllerSettings, str | None]:
+        """The same as far as `solver`, of the `sampler` of this name, serves it, and a note where it does not."""
 
     def controller(self, context: RunContext) -> Controller:
         """The controller of one region of a run."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..actions import Action
-from .losses import GAP, Keys, Losses, Reference, pareto, rms
+from .losses import GAP, Keys, Losses, Reference, overall_rms, pareto
 from .policy import DEPTH, Point, thinned
 
 # Of the penalty at the end of training: from nearly everything computed to nearly nothing, for latents of size one.
@@ -83,7 +83,7 @@ def find_points(reference: Reference, losses: Losses, settings: GradientSettings
     losses: of `reference`; their first forecast is what skipped evaluations do.
     """
     with torch.inference_mode(False), torch.enable_grad():  # the host runs its nodes without gradients
-        best = train(GapErrors(losses, rms(reference.final)), losses.count, settings)
+        best = train(GapErrors(losses, overall_rms(reference.final)), losses.count, settings)
     skip = losses.forecasts[0]
     points = [
         Point(error, losses.steps(Action.COMPUTE if gate > 0.5 else skip for gate in alpha))

@@ -75,12 +75,12 @@ class Reference:
         self.sigmas.append(evaluation.sigma)
         self.steps.append(evaluation.step)
         self.gains.append(-scale / evaluation.sigma)
-        self.x.append(subsample(x, len(x)))
-        self.slope.append(subsample((x - denoised) / evaluation.sigma, len(x)))
-        self.cond.append(subsample(cond, len(x)))
+        self.x.append(subsample(x))
+        self.slope.append(subsample((x - denoised) / evaluation.sigma))
+        self.cond.append(subsample(cond))
         if difference is None:
             difference = torch.zeros_like(cond)
-        self.difference.append(subsample(difference, len(x)))
+        self.difference.append(subsample(difference))
 
     def add_reused(self, key: int, ordinal: int, cond: Tensor, difference: Tensor | None) -> None:
         """Record what `ordinal` gives with the features of evaluation `key`; tensors as in `add`."""
@@ -89,15 +89,15 @@ class Reference:
     def guided(self, cond: Tensor, difference: Tensor | None) -> Tensor:
         """cond + (1 - guidance scale) * difference, both [batch, ...], subsampled: [batch, elements]."""
         guided = cond if difference is None else cond + (1 - self.guidance_scale) * difference
-        return subsample(guided, len(cond))
+        return subsample(guided)
 
     def target(self, ordinal: int, x: Tensor, skip: Tensor, scale: float) -> Tensor:
         """The guided output [batch, elements] at `ordinal` that leads a first-order sampler from `x` back to the latent
         of this run. x, skip: [batch, ...] with denoised = skip + scale * output."""
-        here = subsample(x, len(x))
+        here = subsample(x)
         drift = (here - self.x[ordinal]) / self.steps[ordinal]
         denoised = here - self.sigmas[ordinal] * (self.slope[ordinal] + drift)
-        return (denoised - subsample(skip, len(x))) / scale
+        return (denoised - subsample(skip)) / scale
 
     @property
     def final(self) -> Tensor:
@@ -259,18 +259,19 @@ def prior_weights(nodes: Sequence[float], sigma: float) -> list[float]:
     return (np.array([1.0, *PRIOR]) @ np.array(term_weights(nodes, sigma))).tolist()
 
 
-def subsample(x: Tensor, batch: int) -> Tensor:
+def subsample(x: Tensor) -> Tensor:
     """The elements of `x` [batch, ...] that calibration looks at: [batch, elements] on the CPU, float32, a copy.
 
-    At most PICTURE_ELEMENTS of a picture and BATCH_ELEMENTS of the whole `batch`, at the same places every time.
+    At most PICTURE_ELEMENTS of a picture and BATCH_ELEMENTS of the whole batch, at the same places every time.
     """
-    x, most = x.flatten(1), min(PICTURE_ELEMENTS, BATCH_ELEMENTS // batch)
+    most = min(PICTURE_ELEMENTS, BATCH_ELEMENTS // len(x))
+    x = x.flatten(1)
     if x.shape[1] > most:
         x = x[:, _places(x.shape[1], most).to(x.device)]
     return x.to("cpu", torch.float32, copy=True)
 
 
-def rms(x: Tensor) -> float:
+def overall_rms(x: Tensor) -> float:
     """Root mean square of everything."""
     return float(x.double().pow(2).mean().sqrt())
 

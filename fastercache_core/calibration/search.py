@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..actions import Action
-from .losses import GAP, Choice, Keys, Losses, Reference, pareto, rms
+from .losses import GAP, Choice, Keys, Losses, Reference, overall_rms, pareto
 from .policy import DEPTH, Point, thinned
 
 
@@ -106,7 +106,7 @@ def search(
 def find_points(reference: Reference, losses: Losses, objective: str = "sum") -> list[Point]:
     """The curve of error over cost by exact search, cheapest first, without weights; objective: see `search`."""
     curve = search(losses.count, losses.choices, losses.full_units, GAP, DEPTH, objective)
-    size = rms(reference.final)
+    size = overall_rms(reference.final)
     return thinned([Point(c.loss**0.5 / size, losses.steps(c.actions)) for c in curve])
 
 

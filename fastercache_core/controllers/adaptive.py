@@ -1,4 +1,4 @@
-"""The adaptive mode: how often to compute, from how far the picture may be from full sampling.
+"""The adaptive controller: how often to compute, from how far the picture may be from full sampling.
 
 Like the step size control of an ODE solver. Every computed evaluation shows, for free, the error of the forecast that
 it made unnecessary. On three models and over 50 dB, the error of a picture was found to follow from these alone: error
@@ -10,15 +10,16 @@ leaves as much for every gap after it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .. import messages
 from ..actions import COMPUTE, Action, Step
 from ..clock import Evaluation, Window
 from ..features.probe import Probe
-from ..protocols import Controller, Pass, RunContext, Signals
+from ..protocols import Controller, ControllerSettings, Pass, RunContext, Signals
 from ..readback import Readback
 from ..signal import Signal
 from ..solvers import Solver
@@ -39,6 +40,15 @@ class AdaptiveSettings:
     target: float = 42.0
     window: Window = Window()
     longest: int = 4
+    corrects, probes, longest_reuse = True, True, LONGEST_REUSE
+    reference_only, holds_slope, uses_errors = False, False, True
+
+    def served(self, solver: Solver, sampler: str) -> tuple[ControllerSettings, str | None]:
+        """See ControllerSettings: a target below `floor` counts as that."""
+        lowest = floor(solver)
+        if self.target >= lowest:
+            return self, None
+        return replace(self, target=lowest), messages.below_target(self.target, lowest, sampler)
 
     def controller(self, context: RunContext) -> Controller:
         """The controller of one region of a run."""
@@ -75,7 +85,6 @@ class Errors:
 class AdaptiveController:
     """The gap between computed evaluations during one run of one region, and what fills it."""
 
-    corrects, probes, estimates_with_features = True, True, False
     last: Evaluation | None  # the last computed evaluation
     gap: Gap  # the one before it, or that is now
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..actions import COMPUTE, Action, Step
 from ..clock import Evaluation, Interval
-from ..protocols import Controller, Pass, RunContext, Signals
+from ..protocols import Controller, ControllerSettings, Pass, RunContext, Signals
 from ..signal import Signal
+from ..solvers import Solver
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,16 @@ class IntervalSettings:
     estimate: Interval | None = None
     tolerance: float | None = None
     patience: float = 8.0
+    corrects, probes, longest_reuse, reference_only, holds_slope = False, False, None, True, False
+
+    @property
+    def uses_errors(self) -> bool:
+        """See ControllerSettings."""
+        return self.tolerance is not None
+
+    def served(self, solver: Solver, sampler: str) -> tuple[ControllerSettings, str | None]:
+        """See ControllerSettings."""
+        return self, None
 
     def controller(self, context: RunContext) -> Controller:
         """The controller of one region of a run."""
@@ -38,8 +49,6 @@ class IntervalSettings:
 
 class IntervalController:
     """Fixed intervals during one run of one region."""
-
-    corrects, probes, estimates_with_features = False, False, True
 
     def __init__(self, settings: IntervalSettings, context: RunContext) -> None:
         self.tolerance = settings.tolerance

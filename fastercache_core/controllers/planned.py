@@ -21,8 +21,9 @@ from torch import Tensor
 from ..actions import COMPUTE, Action, Step
 from ..calibration.policy import Policy
 from ..clock import Evaluation, Window
-from ..protocols import Controller, Pass, RunContext, Signals
+from ..protocols import Controller, ControllerSettings, Pass, RunContext, Signals
 from ..signal import Signal
+from ..solvers import Solver
 
 # Stable Diffusion's noise schedule, on which the defaults of `tau` and `bias` were chosen.
 TIMESTEPS = 1000
@@ -47,6 +48,12 @@ class MixSettings:
     tau: float = 30.0
     bias: float = 0.5
     window: Window = field(default_factory=Window)
+    corrects, probes, longest_reuse = False, False, None
+    reference_only, holds_slope, uses_errors = False, True, False
+
+    def served(self, solver: Solver, sampler: str) -> tuple[ControllerSettings, str | None]:
+        """See ControllerSettings."""
+        return self, None
 
     def controller(self, context: RunContext) -> Controller:
         """The controller of one region of a run."""
@@ -58,6 +65,12 @@ class PolicySettings:
     """policy: moved to the evaluations of a run before that begins, which makes StepsSettings of it."""
 
     policy: Policy
+    corrects, probes, longest_reuse = False, False, None
+    reference_only, holds_slope, uses_errors = False, False, False
+
+    def served(self, solver: Solver, sampler: str) -> tuple[ControllerSettings, str | None]:
+        """See ControllerSettings."""
+        return self, None
 
     def controller(self, context: RunContext) -> Controller:
         """The controller of one region of a run at the policy's own sigmas."""
@@ -71,6 +84,12 @@ class StepsSettings:
 
     steps: Sequence[tuple[float, Step]]
     fewest: int | None = None
+    corrects, probes, longest_reuse = False, False, None
+    reference_only, holds_slope, uses_errors = False, False, False
+
+    def served(self, solver: Solver, sampler: str) -> tuple[ControllerSettings, str | None]:
+        """See ControllerSettings."""
+        return self, None
 
     def controller(self, context: RunContext) -> Controller:
         """The controller of one region of a run."""
@@ -79,8 +98,6 @@ class StepsSettings:
 
 class PlannedController:
     """Follows a plan, and computes where a step cannot be taken, since too few values are known yet."""
-
-    corrects, probes, estimates_with_features = False, False, False
 
     def __init__(self, plan: MixPlan | StepsPlan, fewest: int | None = None) -> None:
         self.plan, self.fewest = plan, fewest

@@ -19,7 +19,7 @@ from ..forecast import MEMORY, Fit, tensor_like, term_weights
 # Ridge prior of the gains, which are the gains before anything was fitted; its weight is relative to the terms' own
 # energy. A first gain below 1 makes every forecast lag behind, and such errors add up over a run: least squares alone
 # would choose it so.
-PRIOR, LEAN = (1.0, 1 / 3), 1.0
+FEATURE_PRIOR, FEATURE_LEAN = (1.0, 1 / 3), 1.0
 # Gains are fitted to about so many elements of a feature.
 SUBSAMPLE = 2**14
 
@@ -40,7 +40,7 @@ class Gains:
         """
         hold, *terms = term_weights(sigmas, sigma)
         rows = [[1.0, *(-w for w in hold)], *([0.0, *term] for term in terms)]
-        outputs = torch.stack([subsample(t, axis) for t in (value, *past)])
+        outputs = torch.stack([picture_elements(t, axis) for t in (value, *past)])
         # [pictures, change and terms, elements]
         moved = torch.tensordot(tensor_like(rows, outputs), outputs, 1).movedim(1, 0)
         products, before = moved @ moved.mT, self._products.get(key)
@@ -56,7 +56,7 @@ class Gains:
             self._fit()
         gains = self._fitted.get(key)
         if gains is None:
-            gains = torch.tensor([PRIOR]).to(like.device)
+            gains = torch.tensor([FEATURE_PRIOR]).to(like.device)
         terms = [[-w for w in accumulate(reversed(term[1:]))][::-1] for term in term_weights(sigmas, sigma)[1:]]
         return gains[:, : len(terms)] @ tensor_like(terms, gains).reshape(len(terms), len(terms))
 
@@ -80,7 +80,7 @@ class Gains:
             p = torch.stack([self._products[key] for key in keys])
             fit = Fit(p[..., 1, 1], p[..., 1, 2], p[..., 2, 2], p[..., 0, 1], p[..., 0, 2])
             # Copies: a view would keep the memory of the others, too.
-            gains: Any = torch.unbind_copy(fit.gains(PRIOR, LEAN)[..., 1:], 1)  # type: ignore[func-returns-value]
+            gains: Any = torch.unbind_copy(fit.gains(FEATURE_PRIOR, FEATURE_LEAN)[..., 1:], 1)  # type: ignore[func-returns-value]
             self._fitted.update(zip(keys, gains, strict=True))
 
 
@@ -89,6 +89,6 @@ def gains_bytes(pictures: int) -> int:
     return pictures * (3 * 3 + 2) * 4
 
 
-def subsample(x: Tensor, axis: int) -> Tensor:
+def picture_elements(x: Tensor, axis: int) -> Tensor:
     """About SUBSAMPLE elements of `x`, spread evenly over those of each picture, in float32: [pictures, elements]."""
     return x.movedim(axis, 0).flatten(1)[:, :: x.numel() // SUBSAMPLE | 1].float()

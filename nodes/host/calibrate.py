@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ...fastercache_core import messages
 from ...fastercache_core.actions import Action, Step
 from ...fastercache_core.calibration import search as exact
-from ...fastercache_core.calibration.losses import Losses, Reference, fit, rms, subsample
+from ...fastercache_core.calibration.losses import Losses, Reference, fit, overall_rms, subsample
 from ...fastercache_core.calibration.policy import Point, Policy, Setup
 from ...fastercache_core.clock import Evaluation
 from ...fastercache_core.controllers.planned import StepsSettings
@@ -36,7 +36,7 @@ from .network import HostNetwork
 from .wrappers import observed
 
 # Features are tried at so many evaluations after the one that computed them: each try is a pass.
-REACH = 3
+TRIES = 3
 
 Search = Callable[[Reference, Losses], list[Point]]
 Progress = Callable[[], Any]
@@ -122,7 +122,7 @@ class Recorder:
 
 
 class FeatureRecorder(Recorder):
-    """Observes one full run, at whose evaluations the features of the REACH last ones are tried as well."""
+    """Observes one full run, at whose evaluations the features of the TRIES last ones are tried as well."""
 
     def __init__(self, guidance_scale: float, progress: Progress) -> None:
         super().__init__(guidance_scale, progress)
@@ -139,7 +139,7 @@ class FeatureRecorder(Recorder):
             if not result.reused:
                 raise CalibrationError(messages.NOT_REUSABLE)
             self.reference.add_reused(key, evaluation.ordinal, *in_output_space(result.outputs, pass_))
-        cache = self.caches.pop()[1] if len(self.caches) == REACH else self._new_cache()
+        cache = self.caches.pop()[1] if len(self.caches) == TRIES else self._new_cache()
         self.caches.insert(0, (evaluation.ordinal, cache))
         cache.begin(evaluation)
         return CountedNetwork(super().before(pass_, network.using(cache)), self.flops)
@@ -190,11 +190,11 @@ class Fitter(Recorder):
         """See Observer: weights that lead the latent back to the one of full sampling."""
         target, predicts = self._target(step, pass_, outputs), step.action is not Action.ESTIMATE
         output, differences = signals.output if predicts else None, signals.differences
-        conds = [subsample(value, len(value)) for value in output.forecaster.values()] if output else []
+        conds = [subsample(value) for value in output.forecaster.values()] if output else []
         known = differences[0] if differences else output
         assert known is not None
         guided = 1 - self.reference.guidance_scale
-        changes = [subsample(value, len(value)) * guided for value in known.forecaster.values()] if differences else []
+        changes = [subsample(value) * guided for value in known.forecaster.values()] if differences else []
         weights = fit([*conds, *changes], target, known.forecaster.nodes, pass_.evaluation.sigma)
         step = replace(step, cond=tuple(weights[: len(conds)]), difference=tuple(weights[len(conds) :]))
         self.steps[pass_.evaluation.ordinal] = step
@@ -204,7 +204,7 @@ class Fitter(Recorder):
         """See RunObserver."""
         if evaluation.is_last:
             full = self.reference.final
-            self.error = rms(subsample(denoised, len(denoised)) - full) / rms(full)
+            self.error = overall_rms(subsample(denoised) - full) / overall_rms(full)
         self.progress()
 
     def _target(self, step: Step, pass_: Pass, outputs: Sequence[Tensor]) -> Tensor:
@@ -213,7 +213,7 @@ class Fitter(Recorder):
         skip, scale = space.denoised(torch.zeros_like(x)), float(space.scale.flatten()[0])
         target = self.reference.target(pass_.evaluation.ordinal, x, skip, scale)
         if step.action is Action.ESTIMATE:
-            return target - subsample(space.output(outputs[pass_.reference]), len(x))
+            return target - subsample(space.output(outputs[pass_.reference]))
         if step.action is Action.MIX:
             return (target - step.mix * self.reference.guided(*in_output_space(outputs, pass_))) / (1 - step.mix)
         return target
@@ -231,7 +231,7 @@ def find_policy(
     """The policy for `sampling` of `model` (ModelPatcher), at the best point within `budget`.
 
     search: None for the exact one. The whole batch of the latent is sampled twice: in full, and to fit the weights of
-    the point. features: reused features are tried as well, REACH passes more at every evaluation. Raises
+    the point. features: reused features are tried as well, TRIES passes more at every evaluation. Raises
     CalibrationError where calibration is not possible.
     """
     bar = comfy.utils.ProgressBar(2 * sampling.steps)

@@ -10,8 +10,6 @@ from typing import Any
 from comfy.patcher_extension import WrappersMP
 
 from ...fastercache_core import messages
-from ...fastercache_core.controllers.adaptive import AdaptiveSettings, floor
-from ...fastercache_core.controllers.interval import IntervalSettings
 from ...fastercache_core.features.reuse import ReuseSettings
 from ...fastercache_core.settings import CacheSettings
 from ...fastercache_core.solvers import Solver, find_solver
@@ -69,8 +67,8 @@ def compatible(settings: CacheSettings, setup: RunSetup) -> tuple[CacheSettings,
     settings = replace(settings, **off)
     if not (settings.difference or settings.reuse or settings.output):
         notes.append(messages.NOTHING_ON)
-    if isinstance(settings.controller, AdaptiveSettings) and setup.solver:
-        settings, more = _fit_adaptive(settings, settings.controller, setup.solver, setup.sampler_name)
+    if setup.solver:
+        settings, more = _served(settings, setup.solver, setup.sampler_name)
         notes += more
     return settings, notes
 
@@ -81,7 +79,7 @@ def refusals(settings: CacheSettings, setup: RunSetup) -> dict[str, str]:
     reason = _no_caching(setup)
     if reason:
         return dict.fromkeys(wanted, reason)
-    corrected = bool(setup.solver and setup.solver.corrects) and isinstance(settings.controller, AdaptiveSettings)
+    corrected = bool(setup.solver and setup.solver.corrects) and settings.controller.corrects
     checks: dict[str, Callable[[], str | None]] = {
         "output": lambda: _no_prediction(setup, corrected),
         "difference": lambda: None,
@@ -94,12 +92,6 @@ def is_compiled(model: Any) -> bool:
     """True when torch.compile is at work in a MODEL (ModelPatcher), by the host's node or as another node's patch."""
     wrapped = model.wrappers.get(WrappersMP.APPLY_MODEL, {}).get("torch.compile")
     return bool(wrapped) or any(hasattr(patch, "_orig_mod") for patch in model.object_patches.values())
-
-
-def keeps_reference_only(settings: CacheSettings) -> bool:
-    """True where only the reference branch reuses features: at intervals, those of a branch that is mostly estimated
-    would go stale before they are of use."""
-    return isinstance(settings.controller, IntervalSettings) and settings.difference is not None
 
 
 def _no_caching(setup: RunSetup) -> str | None:
@@ -132,19 +124,17 @@ def _no_features(reuse: ReuseSettings | None, setup: RunSetup) -> str | None:
     return None if available(family, kinds)[0] else messages.no_feature_kinds(family.name, list(kinds))
 
 
-def _fit_adaptive(
-    settings: CacheSettings, controller: AdaptiveSettings, solver: Solver, name: str
-) -> tuple[CacheSettings, list[str]]:
-    """The adaptive mode with a target that it can serve, with features only where they help, and the notes."""
-    notes, lowest = [], floor(solver)
-    if controller.target < lowest:
-        settings = replace(settings, controller=replace(controller, target=lowest))
-        if settings.difference or settings.output:
-            notes.append(messages.below_target(controller.target, lowest, name))
-    if solver.corrects and settings.difference:
+def _served(settings: CacheSettings, solver: Solver, name: str) -> tuple[CacheSettings, list[str]]:
+    """`settings` as far as the solver serves them, with features only where they help, and the notes."""
+    controller, note = settings.controller.served(solver, name)
+    settings = replace(settings, controller=controller)
+    notes = [note] if note and (settings.difference or settings.output) else []
+    if not (controller.corrects and solver.corrects):
+        return settings, notes
+    if settings.difference:
         # Where only the negative pass is estimated, every second time at most, the fitted forecast was closer.
         settings = replace(settings, difference=replace(settings.difference, forecast="hedged"))
-    if solver.corrects and settings.reuse:
+    if settings.reuse:
         settings = replace(settings, reuse=None)
         notes.append(messages.features_not_needed(name))
     return settings, notes

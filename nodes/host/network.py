@@ -22,13 +22,14 @@ REQUEST_KEY = "fastercache_request"
 class Request:
     """What the engine asked for in one run of the network, and what came of it.
 
-    ahead: branches of this evaluation whose features will be stored; only: the one branch that uses features, None for
-    all. rows: what entered the network; reused: branches that took features from the cache, of these kinds.
+    features: None where none are cached; ahead: branches of this evaluation whose features will be stored; only: the
+    one branch that uses features, None for all. rows: what entered the network; reused: branches that took features
+    from the cache, of these kinds.
     """
 
-    features: FeaturePass
-    use: FeatureUse
-    ahead: list[Key]
+    features: FeaturePass | None = None
+    use: FeatureUse = FeatureUse.STORE
+    ahead: Sequence[Key] = ()
     only: int | None = None
     rows: int = 0
     reused: set[int] = field(default_factory=set)
@@ -38,6 +39,8 @@ class Request:
     def serve(self, call: ModelCall) -> torch.Tensor:
         """Run one batch of chunks, with features from the cache where they were asked for."""
         self.rows += call.x.shape[0]
+        if self.features is None:
+            return call.run()
         branches = branch_keys(call.options, call.x.shape, self.seen)
         kept = [branch if self._keeps(branch) else None for branch in branches]
         ahead = [branch for branch in self.ahead if self._keeps(branch)]
@@ -58,41 +61,34 @@ class HostNetwork:
     def __init__(self, call: BranchesCall, features: FeaturePass | None, reference_only: bool = False) -> None:
         """reference_only: only the reference branch uses features."""
         self.call, self.features, self.reference_only = call, features, reference_only
-        self.controls: dict[int, RememberedControl] = {}
+        self.controls: dict[int, RememberedControl] | None = None  # where this evaluation runs the network again
 
     def run(self, pass_: Pass, branches: Sequence[Any], features: FeatureUse) -> Result:
         """Run `branches`: those of the pass, None for one that must not run."""
-        if self.features is None:
-            return Result(self.call.run(branches))
-        options = self.call.options["transformer_options"]
-        window, sigma = window_of(options), pass_.evaluation.sigma
-        ahead = keys_ahead(pass_.branches, window, pass_.x.shape, sigma)
+        request = self._request(pass_, features)
         if features is FeatureUse.PROBE:
-            if not self.features.reusable(ahead, options):
+            options = self.call.options["transformer_options"]
+            if not (request.features and request.features.reusable(request.ahead, options)):
                 return Result([])
-            branches = self._remembering(branches)
-        elif self.controls:
-            branches = self._remembering(branches)
-        request = Request(self.features, features, ahead, pass_.reference if self.reference_only else None)
+            self.controls = {}
+        if self.controls is not None:
+            branches = remembering(branches, self.controls)
         outputs = self.call.run(branches, REQUEST_KEY, request)
-        return Result(outputs, frozenset(request.reused), request.rows, self.features.deep(request.kinds))
+        deep = bool(request.kinds) and FeaturePass.deep(request.kinds)
+        return Result(outputs, frozenset(request.reused), request.rows, deep)
 
     def using(self, features: FeaturePass) -> HostNetwork:
-        """The same network with other features."""
-        return HostNetwork(self.call, features)
+        """The same network with other features, one of several runs in an evaluation."""
+        network = HostNetwork(self.call, features)
+        network.controls = self.controls = {} if self.controls is None else self.controls
+        return network
 
-    def _remembering(self, branches: Sequence[Any]) -> list[Any]:
-        """`branches` whose ControlNets run once in this evaluation, however often the network does."""
-        for remembered in self.controls.values():
-            remembered.begin()
-        return [branch and [self._with_control(cond) for cond in branch] for branch in branches]
-
-    def _with_control(self, cond: dict[str, Any]) -> dict[str, Any]:
-        control = cond.get("control")
-        if control is None:
-            return cond
-        remembered = self.controls.setdefault(id(control), RememberedControl(control))
-        return {**cond, "control": remembered}
+    def _request(self, pass_: Pass, use: FeatureUse) -> Request:
+        if self.features is None:
+            return Request()
+        window = window_of(self.call.options["transformer_options"])
+        ahead = keys_ahead(pass_.branches, window, pass_.x.shape, pass_.evaluation.sigma)
+        return Request(self.features, use, ahead, pass_.reference if self.reference_only else None)
 
 
 class RememberedControl:
@@ -119,3 +115,20 @@ class RememberedControl:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.control, name)
+
+
+def remembering(branches: Sequence[Any], controls: dict[int, RememberedControl]) -> list[Any]:
+    """`branches` whose ControlNets run once in an evaluation, however often the network does.
+
+    controls: those of this evaluation by id of the host's own, filled here.
+    """
+    for remembered in controls.values():
+        remembered.begin()
+
+    def with_control(cond: dict[str, Any]) -> dict[str, Any]:
+        control = cond.get("control")
+        if control is None:
+            return cond
+        return {**cond, "control": controls.setdefault(id(control), RememberedControl(control))}
+
+    return [branch and [with_control(cond) for cond in branch] for branch in branches]

@@ -6,7 +6,6 @@ Made when the run starts and dropped when it ends, however it ends. Nothing of i
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -15,15 +14,13 @@ from comfy.model_sampling import CONST
 from ...fastercache_core import messages
 from ...fastercache_core.actions import Action, fuller
 from ...fastercache_core.clock import Clock, Evaluation
-from ...fastercache_core.controllers.adaptive import LONGEST_REUSE, AdaptiveSettings
-from ...fastercache_core.controllers.interval import IntervalSettings
-from ...fastercache_core.controllers.planned import MixSettings, flow_timestep
+from ...fastercache_core.controllers.planned import flow_timestep
 from ...fastercache_core.engine import Engine, Outcome
 from ...fastercache_core.protocols import Observer, Pass, RunContext
 from ...fastercache_core.report import EvaluationRecord, RunReport
 from ...fastercache_core.settings import CacheSettings
 from ...fastercache_core.solvers import Solver
-from .compatibility import RunSetup, compatible, is_compiled, keeps_reference_only
+from .compatibility import RunSetup, compatible, is_compiled
 from .conditioning import Window, active_branches, branch_name, fingerprint, reference_branch, window_of
 from .feature_pass import FeaturePass
 from .model_call import BranchesCall
@@ -65,14 +62,14 @@ class CacheRun:
             self.report.note(note)
         self.context = self._context()
         self.features = self._features()
-        self.space = SlopeSpace if isinstance(settings.controller, MixSettings) else OutputSpace
+        self.space = SlopeSpace if settings.controller.holds_slope else OutputSpace
         self.clock = Clock(setup.sigmas)
         self.started = self.evaluation_started = time.perf_counter()
         self.regions: dict[Window, Engine] = {}
         self.passes: set[Window] = set()
         self.evaluation: Evaluation | None = None
         self.record: EvaluationRecord | None = None
-        self.full_rows, self.guided, self.probes = 0, False, 0
+        self.full_rows, self.probes = 0, 0
 
     def begin(self, timestep: torch.Tensor) -> None:
         """A new evaluation starts; timestep: [batch] sigmas."""
@@ -111,7 +108,9 @@ class CacheRun:
         if pass_ is None:
             self.report.note(messages.NO_REFERENCE)
             return call.run(call.conds)
-        network = HostNetwork(call, self.features, keeps_reference_only(self.settings))
+        network = HostNetwork(
+            call, self.features, self.settings.controller.reference_only and self.settings.difference is not None
+        )
         outcome = self._region(window).evaluate(pass_, network)
         self._record(outcome, pass_)
         return outcome.outputs
@@ -124,12 +123,11 @@ class CacheRun:
     def close(self) -> None:
         """End the run: drop every tensor, finish the report."""
         self._close_evaluation()
-        if self.features:
-            self._close_features(self.features)
+        reuses = self._close_features(self.features) if self.features else False
         if self.observer:
             self.observer.closed()
         if not self._lost:
-            self._explain()
+            self._explain(reuses)
         self.report.seconds = time.perf_counter() - self.started
         self.regions, self.features, self.observer = {}, None, None
 
@@ -152,11 +150,11 @@ class CacheRun:
 
     def _features(self) -> FeaturePass | None:
         """What reuses features in this run, None when nothing does."""
-        reuse = self.settings.reuse
+        reuse, longest = self.settings.reuse, self.settings.controller.longest_reuse
         if reuse is None:
             return None
-        if isinstance(self.settings.controller, AdaptiveSettings):
-            reuse = reuse.within(LONGEST_REUSE + 1)
+        if longest is not None:
+            reuse = reuse.within(longest + 1)
         return FeaturePass(reuse, self.setup.guider.model_patcher, self.setup.model_sampling.percent_to_sigma)
 
     def _sigma(self, timestep: torch.Tensor) -> float:
@@ -187,7 +185,6 @@ class CacheRun:
     def _record(self, outcome: Outcome, pass_: Pass) -> None:
         """Put what an evaluation did into the report; of windows that differ, what ran most."""
         assert self.record is not None
-        self.guided |= len(outcome.actions) > 1
         self.record.probe_rows += outcome.probe_rows
         self.probes += outcome.probe_rows > 0
         for i, action in outcome.actions.items():
@@ -208,40 +205,34 @@ class CacheRun:
         self.record = None
         self.evaluation_started = now
 
-    def _close_features(self, features: FeaturePass) -> None:
-        """Hand the memory back, and report what was kept in it."""
+    def _close_features(self, features: FeaturePass) -> bool:
+        """Hand the memory back, and report what was kept in it; False where nothing had room."""
         plan = self.report.run["features"] = features.close()
-        if self._lost:
-            return
-        for reason in features.notes:
+        for reason in () if self._lost else features.notes:
             self.report.note(reason)
-        if not plan["sites"]:
-            self.settings = replace(self.settings, reuse=None)
-        elif isinstance(self.settings.controller, AdaptiveSettings):
+        if plan["sites"] and self.settings.controller.probes and not self._lost:
             if self.probes:
                 self.report.note(messages.probed(self.probes))
             if not any(Action.REUSE in record.actions.values() for record in self.report.evaluations):
                 self.report.note(messages.features_not_reused(self.probes > 0))
+        return bool(plan["sites"])
 
     @property
     def _lost(self) -> bool:
         """True when the positive conditioning was never found, which explains everything else."""
         return messages.NO_REFERENCE in self.report.notes and not self.regions
 
-    def _explain(self) -> None:
-        """Say why nothing was skipped, if nothing was."""
-        settings = self.settings
-        if settings.difference and not self.guided:
+    def _explain(self, reuses: bool) -> None:
+        """Say why nothing was skipped, if nothing was. reuses: features had room."""
+        settings, evaluations = self.settings, [r.actions for r in self.report.evaluations]
+        guided = any(len(actions) > 1 for actions in evaluations)
+        if settings.difference and not guided:
             self.report.note(messages.NO_UNCOND)
-        able = settings.output or settings.reuse or (settings.difference and self.guided)
-        skipped = any({*r.actions.values()} - {Action.COMPUTE.value} for r in self.report.evaluations)
+        able = settings.output or reuses or (settings.difference and guided)
+        skipped = any({*actions.values()} - {Action.COMPUTE.value} for actions in evaluations)
         if able and not skipped:
-            controller, solver = settings.controller, self.setup.solver
-            adaptive = isinstance(controller, AdaptiveSettings)
-            uses_errors = adaptive or (isinstance(controller, IntervalSettings) and controller.tolerance is not None)
-            corrects = solver is not None and solver.corrects
-            may_help = adaptive and not (corrects or settings.reuse)
-            self.report.note(messages.nothing_skipped(uses_errors, may_help))
+            may_help = settings.controller.probes and not (self.context.solver.corrects or reuses)
+            self.report.note(messages.nothing_skipped(settings.controller.uses_errors, may_help))
 
 
 def describe(settings: CacheSettings, setup: RunSetup) -> dict[str, Any]:

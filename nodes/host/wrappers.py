@@ -1,6 +1,6 @@
 """Puts settings and wrappers on a clone of a MODEL, and finds what its last run reported.
 
-The only place that counts the host's positional arguments.
+Here the host's positional arguments get names; `model_call` hands them back. No other file counts them.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def calc_cond_batch(executor: Any, *args: Any) -> list[torch.Tensor]:
 
 def apply_model(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     """APPLY_MODEL: one batch through the network. args: x, t, c_concat, c_crossattn, control, options."""
-    run = _run_of({"transformer_options": args[5]})
+    run = _run_of({"transformer_options": args[5]}) if len(args) > 5 else None
     if run is None:
         return executor(*args, **kwargs)
     run.count(args[0].shape[0])

@@ -1,4 +1,4 @@
-"""The adaptive mode: skips as much as the target allows, and no more."""
+"""The adaptive controller: skips as much as the target allows, and no more."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """The engine on a fake network: what runs, what is reused, estimated and predicted, and what comes of it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -15,7 +15,16 @@ from fastercache_core.controllers.interval import IntervalSettings
 from fastercache_core.controllers.planned import MixSettings, PlannedController, StepsPlan, StepsSettings
 from fastercache_core.features.reuse import planned_reuse
 from fastercache_core.forecast import FORECASTERS
-from fastercache_core.protocols import Controller, FeatureUse, Network, Pass, Result, RunContext, Signals
+from fastercache_core.protocols import (
+    Controller,
+    ControllerSettings,
+    FeatureUse,
+    Network,
+    Pass,
+    Result,
+    RunContext,
+    Signals,
+)
 from fastercache_core.settings import CacheSettings
 from fastercache_core.signal import DifferenceSettings, OutputSettings
 from fastercache_core.solvers import SOLVERS, Solver
@@ -39,12 +48,15 @@ class Corrected:
     """A plan whose errors are corrected where the solver allows it."""
 
     letters: str
+    corrects, probes, longest_reuse = True, False, None
+    reference_only, holds_slope, uses_errors = False, False, False
+
+    def served(self, solver: Solver, sampler: str) -> tuple[ControllerSettings, None]:
+        return self, None
 
     def controller(self, context: RunContext) -> Controller:
         plan = list(zip(context.sigmas, (LETTERS[letter] for letter in self.letters)))
-        controller = PlannedController(StepsPlan(plan))
-        controller.corrects = True
-        return controller
+        return PlannedController(StepsPlan(plan))
 
 
 # Nothing skipped
@@ -390,11 +402,11 @@ def test_probes_are_seldom_and_never_at_the_first_and_the_last_evaluation() -> N
 
 
 @dataclass(frozen=True)
-class Probing:
+class Probing(Corrected):
     """A plan with probes; errors: those known at each evaluation."""
 
-    letters: str
-    errors: list[float | None]
+    errors: list[float | None] = field(default_factory=list)
+    probes = True
 
     def controller(self, context: RunContext) -> Controller:
         controller = Corrected(self.letters).controller(context)
@@ -405,7 +417,7 @@ class Probing:
             self.errors.append(None if signals.probe.error is None else signals.probe.error.max().item())
             return choose(evaluation, signals)
 
-        controller.probes, controller.choose = True, watched
+        controller.choose = watched
         return controller
 
 

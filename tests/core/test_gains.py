@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastercache_core.features.gains import PRIOR, Gains
+from fastercache_core.features.gains import FEATURE_PRIOR, Gains
 
 SIGMAS, SIGMA = (0.7, 0.8, 0.9), 0.6
 
@@ -24,11 +24,11 @@ def first_step(gains, key):
 def test_each_feature_has_its_own_gain_half_way_between_what_it_did_and_what_is_usual():
     gains = learned({"all the way": 1.0, "half of it": 0.5, "not at all": 0.0})
     for key, way in (("all the way", 1.0), ("half of it", 0.5), ("not at all", 0.0)):
-        assert first_step(gains, key) == pytest.approx([(way + PRIOR[0]) / 2], abs=1e-4)
+        assert first_step(gains, key) == pytest.approx([(way + FEATURE_PRIOR[0]) / 2], abs=1e-4)
 
 
 def test_a_feature_that_was_not_compared_yet_goes_the_usual_way():
-    assert first_step(learned({"another": 0.0}), "new") == pytest.approx([PRIOR[0]])
+    assert first_step(learned({"another": 0.0}), "new") == pytest.approx([FEATURE_PRIOR[0]])
 
 
 def test_what_is_learned_after_a_forecast_counts_in_the_next_one():
@@ -55,7 +55,7 @@ def test_a_forgotten_feature_starts_anew_and_the_others_stay():
     gains = learned({"gone": 0.0, "kept": 0.0})
     assert first_step(gains, "gone") == first_step(gains, "kept") == pytest.approx([0.5], abs=1e-4)
     gains.forget(lambda key: key == "gone")
-    assert first_step(gains, "gone") == pytest.approx([PRIOR[0]])
+    assert first_step(gains, "gone") == pytest.approx([FEATURE_PRIOR[0]])
     assert first_step(gains, "kept") == pytest.approx([0.5], abs=1e-4)
 
 
@@ -64,5 +64,5 @@ def test_the_steps_go_to_the_parabola_through_three_outputs_as_far_as_the_usual_
     newest, older, oldest = map(values, SIGMAS)
     near, far = Gains().steps("feature", SIGMAS, SIGMA, torch.ones(1)).flatten().tolist()
     line = newest + (newest - older)
-    expected = line + PRIOR[1] * (values(SIGMA) - line)
+    expected = line + FEATURE_PRIOR[1] * (values(SIGMA) - line)
     assert newest + near * (newest - older) + far * (older - oldest) == pytest.approx(expected, rel=1e-4)

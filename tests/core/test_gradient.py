@@ -6,7 +6,7 @@ import torch
 from fastercache_core.actions import Action
 from fastercache_core.calibration import search
 from fastercache_core.calibration.gradient import GapErrors, find_points, gates
-from fastercache_core.calibration.losses import Losses, rms
+from fastercache_core.calibration.losses import Losses, overall_rms
 from support.recorded import COUNT, SIGMAS, fields, recorded
 
 
@@ -16,7 +16,7 @@ def line_then_noise():
 
 
 def errors_of(reference):
-    return GapErrors(Losses(reference), rms(reference.final))
+    return GapErrors(Losses(reference), overall_rms(reference.final))
 
 
 def test_gates_are_zero_or_one_open_at_both_ends_and_pass_the_gradient_of_the_sigmoid():

@@ -117,7 +117,7 @@ def test_errors_can_be_scaled_per_evaluation_and_the_original_stays():
 def test_without_a_negative_the_conditional_output_alone_is_compared():
     [x] = fields(1)
     reference = recorded(lambda s: x * s)
-    assert torch.equal(reference.guided(x, None), subsample(x, len(x)))
+    assert torch.equal(reference.guided(x, None), subsample(x))
     assert at(find_points(reference, Losses(reference)), 0.5).error < 0.01
 
 
@@ -148,7 +148,7 @@ def test_the_target_leads_a_strayed_latent_back_in_one_step():
     reference = recorded(lambda s: fields(1)[0] * s, lambda s: fields(1, 2)[0])
     strayed = reference.x[5].reshape(SHAPE) + 0.1 * fields(1, 3)[0].float()
     target = reference.target(5, strayed, strayed, -SIGMAS[5])
-    arrived = subsample(strayed, 2) - reference.steps[5] * target  # Euler on a flow model
+    arrived = subsample(strayed) - reference.steps[5] * target  # Euler on a flow model
     assert torch.allclose(arrived, reference.x[6], atol=1e-5)
 
 
@@ -156,20 +156,20 @@ def test_the_final_latent_is_the_last_denoised_one():
     [x] = fields(1)
     reference = Reference(CFG)
     reference.add(Evaluation(0, 0.5, 1.0, True, 0.5, (0.0,)), -0.5, x, 0.25 * x, x, None)
-    assert torch.allclose(reference.final, 0.25 * subsample(x, len(x)), atol=1e-6)
+    assert torch.allclose(reference.final, 0.25 * subsample(x), atol=1e-6)
 
 
 def test_large_latents_are_sampled_at_the_same_places_every_time():
     x = torch.arange(2 * 600_000).reshape(2, 600_000).float()
-    picked = subsample(x, 2)
-    assert picked.shape == (2, 2**18) and torch.equal(picked, subsample(x, 2))
+    picked = subsample(x)
+    assert picked.shape == (2, 2**18) and torch.equal(picked, subsample(x))
     assert torch.equal(picked[1] - picked[0], torch.full_like(picked[0], 600_000.0))
 
 
 @pytest.mark.parametrize("batch, elements", [(1, 2**18), (4, 2**18), (8, 2**17), (64, 2**14)])
 def test_what_is_recorded_does_not_grow_beyond_four_pictures(batch, elements):
     large = torch.zeros(1).expand(batch, 16, 160, 160)
-    assert subsample(large, batch).shape == (batch, elements)
+    assert subsample(large).shape == (batch, elements)
 
 
 def test_a_recorded_run_of_many_pictures_stays_small():

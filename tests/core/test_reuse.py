@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastercache_core.clock import Evaluation, Interval, Window
-from fastercache_core.features.gains import SUBSAMPLE, subsample
+from fastercache_core.features.gains import SUBSAMPLE, picture_elements
 from fastercache_core.features.reuse import (
     PATIENCE,
     REUSE_WEIGHTS,
@@ -163,10 +163,10 @@ def test_blending_loses_nothing_in_small_dtypes():
 
 def test_gains_are_fitted_to_a_sample_of_a_large_feature():
     x = torch.arange(8.0 * SUBSAMPLE).reshape(8, 1024, -1)
-    part = subsample(x, 0)
+    part = picture_elements(x, 0)
     assert part.shape[0] == 8 and SUBSAMPLE / 2 <= part.numel() <= 2 * SUBSAMPLE
     assert len(set((part.long() % x.shape[-1]).flatten().tolist())) == x.shape[-1], "of every channel"
-    assert subsample(torch.ones(3, 4), 1).shape == (4, 3)
+    assert picture_elements(torch.ones(3, 4), 1).shape == (4, 3)
 
 
 def test_branches_never_read_each_others_features_whatever_their_order_in_the_batch():

@@ -1,4 +1,4 @@
-"""Features from the cache as one of the adaptive mode's actions: with samplers that let no step be predicted, and only
+"""Features from the cache as one of the adaptive controller's actions: with samplers that let no step be predicted, and only
 if they are good enough. On trained models, for that is a question of pictures."""
 
 from dataclasses import replace

@@ -3,6 +3,7 @@
 import json
 import logging
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import comfy.controlnet
 import comfy.samplers
@@ -16,12 +17,12 @@ from fastercache_pack.fastercache_core.clock import Interval, Window
 from fastercache_pack.fastercache_core.controllers.adaptive import AdaptiveSettings
 from fastercache_pack.fastercache_core.controllers.interval import IntervalSettings
 from fastercache_pack.fastercache_core.controllers.planned import MixSettings
-from fastercache_pack.fastercache_core.features.reuse import ReuseSettings
+from fastercache_pack.fastercache_core.features.reuse import ReuseSettings, planned_reuse
 from fastercache_pack.fastercache_core.readback import Readback
 from fastercache_pack.fastercache_core.settings import CacheSettings
 from fastercache_pack.fastercache_core.signal import DifferenceSettings, OutputSettings
 from fastercache_pack.nodes.fastercache import PRESETS
-from fastercache_pack.nodes.host import families, wrappers
+from fastercache_pack.nodes.host import calibrate, families, wrappers
 from fastercache_pack.nodes.host.wrappers import RUN_KEY, attach, last_report
 
 from support.guidance import cfg_cache, with_steps
@@ -44,7 +45,7 @@ def reuse_only(weight="constant", every=2):
 
 
 def adaptive_with_features(target=42.0):
-    """The adaptive mode with features that it probes, where it may not predict steps and correct them."""
+    """The adaptive controller with features that it probes, where it may not predict steps and correct them."""
     reuse = ReuseSettings({"deep": Interval(2)}, "fitted")
     return CacheSettings("adaptive", AdaptiveSettings(target), DifferenceSettings(), OutputSettings(), reuse)
 
@@ -398,6 +399,16 @@ def test_a_controlnet_runs_no_more_often_for_a_probe(tiny_models, monkeypatch, b
     assert (skipped_rows(model) > 0, ours_asked == asked, torch.equal(ours, theirs)) == (skips, not skips, not skips)
 
 
+def test_a_controlnet_runs_once_an_evaluation_in_calibration_with_features(tiny_models):
+    control = Residuals()
+    conds = controlled(control, 1), controlled(control, 2)
+    latent = torch.zeros(1, 4, 8, 8)
+    told = calibrate.Sampling(*conds, latent, 1, 8, 4.0, "euler", "simple")
+    reference, _ = calibrate.recorded(tiny_models("sd15"), told, features=True)
+    assert len(reference.reused) > 8
+    assert sum(rows for _, rows in control.asked) == 2 * 8
+
+
 def skipped_rows(model):
     """Rows of full sampling that a ControlNet need not see: those of branches that did not run."""
     done = [action for record in last_report(model)["evaluations"] for action in record["actions"].values()]
@@ -453,3 +464,50 @@ def test_the_report_counts_every_row_that_entered_the_network(tiny_models, monke
     sample(full, family, steps=8, latent=torch.zeros(2, SPECS[family]["lat"][0], 8, 8), **options)
     assert totals(model)["rows_full"] == totals(full)["rows"], "full sampling has no probes"
     assert totals(model)["cost"] == pytest.approx(sum(rows) / totals(full)["rows"])
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """The adaptive controller under settings of another class: nothing may depend on which class it is."""
+
+    own: AdaptiveSettings = AdaptiveSettings()
+    corrects, probes, longest_reuse = True, True, 3
+    reference_only, holds_slope, uses_errors = False, False, True
+
+    def served(self, solver, sampler):
+        own, note = self.own.served(solver, sampler)
+        return Renamed(own), note
+
+    def controller(self, context):
+        return self.own.controller(context)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun"])
+def test_a_new_controller_needs_no_change_elsewhere(tiny_models, sampler):
+    def run(controller):
+        settings = CacheSettings("any", controller, DifferenceSettings(), OutputSettings(), planned_reuse())
+        model = attach(tiny_models("sd15"), settings)
+        return sample(model, "sd15", sampler=sampler, steps=12), actions(model)
+
+    (theirs, told), (ours, ours_told) = run(AdaptiveSettings()), run(Renamed())
+    assert torch.equal(ours, theirs) and ours_told == told and any(told)
+
+
+def test_a_network_call_before_the_first_evaluation_is_let_through(tiny_models):
+    model = attach(tiny_models("sd15"), adaptive_with_features())
+    early = []
+
+    def sampler_function(denoise, x, sigmas, **_):
+        inner = denoise.inner_model.inner_model
+        context = conditioning("sd15", 1)[0][0]
+        options = denoise.inner_model.model_options["transformer_options"]
+        early.append(inner.apply_model(x, sigmas[:1], c_crossattn=context, transformer_options=options))
+        return denoise(x, sigmas[:1].expand(len(x)), **_.get("extra_args", {}))
+
+    sampled = comfy.samplers.KSAMPLER(sampler_function)
+    latent = torch.zeros(1, 4, 8, 8)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(conditioning("sd15", 1), conditioning("sd15", 2))
+    guider.set_cfg(4.0)
+    result = guider.sample(torch.randn(1, 4, 8, 8), latent, sampled, torch.tensor([5.0, 0.0]), seed=1)
+    assert early and early[0].isfinite().all() and result.isfinite().all()
