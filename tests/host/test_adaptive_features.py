@@ -1,5 +1,4 @@
-"""Features from the cache as one of the adaptive controller's actions: with samplers that let no step be predicted, and only
-if they are good enough. On trained models, for that is a question of pictures."""
+"""Features from the cache as an action of the adaptive controller: with samplers that let no step be predicted."""
 
 from dataclasses import replace
 
