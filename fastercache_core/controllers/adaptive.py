@@ -19,6 +19,7 @@ from .. import messages
 from ..actions import COMPUTE, Action, Step
 from ..clock import Evaluation, Window
 from ..features.probe import Probe
+from ..forecast import REACH_LATENT
 from ..protocols import Controller, ControllerSettings, Pass, RunContext, Signals
 from ..readback import Readback
 from ..signal import Signal
@@ -176,19 +177,24 @@ class AdaptiveController:
         growth = 1.0
         if error and gap.expected and not self.revisits:
             growth = min(max(error / gap.expected, 1.0), GROWTH)
-        longest = self._longest(error and growth * error / gap.passed, self.longest, sigmas)
+        # An error that was seen on small steps says nothing of far larger ones.
+        reach = 0.0 if self.revisits else REACH_LATENT * gap.span
+        longest = self._longest(error and growth * error / gap.passed, self.longest, sigmas, reach)
         # Where a sigma was visited just before, nearly the same is computed twice: only that is skipped then.
         wanted = longest if again or not self.revisits else 1
         self.skip_gap = min(wanted, self.skip_gap + 1)
 
-    def _longest(self, rate: float | None, longest: int, sigmas: Sequence[float]) -> int:
-        """The longest gap that leaves as much for every gap after it; rate: error for each evaluation of it."""
+    def _longest(self, rate: float | None, longest: int, sigmas: Sequence[float], reach: float = 0.0) -> int:
+        """The longest gap that leaves as much for every gap after it.
+
+        rate: error for each evaluation of it; reach: in sigma, beyond it the rate says nothing, 0 for no such limit.
+        """
         left, best = len(sigmas) - 1, 1
         if rate is None:
             return best
         for gap in range(2, longest + 1):
-            error = rate * gap * (sigmas[0] - sigmas[min(gap, left)])
-            if error**2 * left / gap <= self.budget:
+            span = sigmas[0] - sigmas[min(gap, left)]
+            if (rate * gap * span) ** 2 * left / gap <= self.budget and (span <= reach or not reach):
                 best = gap
         return best
 

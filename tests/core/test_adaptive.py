@@ -61,15 +61,16 @@ def sample(
     solver: Solver = EULER,
     steps: int = STEPS,
     probe: Probe | None = None,
+    sigmas: Sequence[float] = (),
     **settings: Any,
 ) -> str:
-    """One letter for every evaluation of a run with even sigmas.
+    """One letter for every evaluation of a run at `sigmas`, even ones where none are given.
 
     error(ordinal): of the latent's slope, by a forecast for the next evaluation, a float or one for each picture;
     it grows with the gap. None: nothing can be predicted.
     """
-    chooses, clock, done = controller(target, solver, **settings), Clock(grids.even(steps)), ""
-    for ordinal in range(steps):
+    chooses, clock, done = controller(target, solver, **settings), Clock(sigmas or grids.even(steps)), ""
+    for ordinal in range(len(clock.grid)):
         evaluation = clock.tick(clock.grid[ordinal])
         gap = len(done) - done.rfind("C", 0, -1) - 1 if "C" in done[:-1] else 1
         now = error(ordinal) if error else ()
@@ -144,6 +145,25 @@ def test_gaps_are_no_longer_than_allowed() -> None:
     for longest in (2, 3, 6):
         assert max(gaps(sample(lambda _: 1e-6, 30, steps=50, longest=longest))) == longest
     assert max(gaps(sample(lambda _: 1e-6, 42, UNCORRECTED, steps=50))) == 2, "where errors are not corrected"
+
+
+LTX = [1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0]
+UNEVEN = {
+    "LTX": LTX,
+    "linear_quadratic": grids.linear_quadratic(20),
+    "beta": grids.beta(24, 8.0),
+    "simple": grids.simple(30, 8.0),
+}
+
+
+@pytest.mark.parametrize("name", list(UNEVEN))
+def test_an_error_seen_on_small_steps_is_not_carried_to_far_larger_ones(name: str) -> None:
+    sigmas = UNEVEN[name]
+    letters = sample(lambda _: 1e-6, sigmas=sigmas)
+    computed = [sigma for sigma, letter in zip(sigmas, letters) if letter == "C"]
+    spans = [a - b for a, b in pairwise(computed)]
+    skipping = [i for i, n in enumerate(gaps(letters)) if n > 1]
+    assert skipping and all(spans[i] <= 4.1 * spans[i - 1] for i in skipping)
 
 
 def test_skipping_stops_when_forecasts_become_bad() -> None:
