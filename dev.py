@@ -6,6 +6,8 @@
     python dev.py check            linter, formatter and type checker
     python dev.py bench NAME       run benchmarks/NAME.py
     python dev.py server           start ComfyUI with the pack, for a browser
+    python dev.py train MODEL ...  train a model of testbed/models; what follows are its options
+    python dev.py contact BED ...  draw the card pictures of beds of testbed/beds.py, with their likeness to the teacher
 
 The first run makes .venv/ and .cache/comfyui/; set COMFYUI_PATH to use your own ComfyUI instead.
 """
@@ -163,6 +165,8 @@ def task(words: list[str]) -> list[str]:
         return ["-m", "pytest", *selected(words[1:])]
     if len(words) == 1 and words[0] in MODULES:
         return ["-m", MODULES[words[0]]]
+    if words[:1] in (["train"], ["contact"]):
+        return ["-m", "testbed." + words[0], *words[1:]]
     if words[:1] == ["bench"] and words[1:2] and words[1] in benchmarks:
         return ["-m", "benchmarks." + words[1], *words[2:]]
     sys.exit(f"{__doc__}\nParts: {', '.join(parts())}\nBenchmarks: {', '.join(benchmarks)}")

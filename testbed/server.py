@@ -32,7 +32,9 @@ NODES = {
     "fastercache_testbed": ROOT / "testbed" / "nodes",
     "fastercache_benchmarks": ROOT / "benchmarks" / "nodes",
 }
-MODELS = tuple(ROOT / "testbed" / "models" / name for name in ("emoji_mmdit", "emoji_wan"))  # for UNETLoader
+TRAINED = ROOT / "testbed" / "models"
+MODELS = tuple(TRAINED / name for name in ("emoji_mmdit", "emoji_mmdit_turbo8", "emoji_wan"))  # for UNETLoader
+LORAS = tuple(TRAINED / name for name in ("emoji_mmdit_turbo4", "emoji_wan_guided", "emoji_wan_turbo8"))
 START_SECONDS = 180
 FAILED_NODE = re.compile(r"Cannot import|IMPORT FAILED|Error while calling comfy_entrypoint|did not return|Skip ")
 
@@ -157,6 +159,7 @@ class Host:
                     "fastercache": {
                         "custom_nodes": str(self.folder / "custom_nodes"),
                         "diffusion_models": "\n".join(map(str, self.models)),
+                        "loras": "\n".join(map(str, LORAS)),
                     }
                 }
             )

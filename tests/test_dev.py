@@ -155,6 +155,8 @@ def test_tasks():
     assert dev.task(["demo"]) == ["-m", "benchmarks.demo"]
     assert dev.task(["bench", "demo"]) == ["-m", "benchmarks.demo"]
     assert dev.task(["check"]) == ["-m", "testbed.check"]
+    assert dev.task(["train", "emoji_wan", "--minutes", "9"]) == ["-m", "testbed.train", "emoji_wan", "--minutes", "9"]
+    assert dev.task(["contact", "mmdit"]) == ["-m", "testbed.contact", "mmdit"]
 
 
 def test_parts_of_the_tests_are_their_folders_and_what_follows_goes_to_pytest():

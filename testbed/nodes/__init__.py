@@ -3,10 +3,11 @@
 import comfy.latent_formats
 from comfy_api.latest import ComfyExtension, io
 
-from . import emoji_unet
+from . import emoji_unet, photos_lumina
 from .emoji import CODECS, MODELS, conditioning, load_codec
 
 UNET = MODELS / "emoji_unet" / "emoji_unet.safetensors"
+PHOTOS = MODELS / "photos_lumina" / "photos_lumina.safetensors"
 STILL = [name for name in CODECS if name != "emoji_wan"]
 
 
@@ -44,6 +45,25 @@ class EmojiUNetLoader(io.ComfyNode):
         return io.NodeOutput(emoji_unet.load(UNET))
 
 
+class PhotosLoader(io.ComfyNode):
+    """Loads the photograph model, which is too small for the host's own loader."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PhotosLoader",
+            display_name="Photos Loader",
+            category="testbed",
+            description="Loads the photograph model, a small Lumina 2 for pictures of 128x128.",
+            inputs=[],
+            outputs=[io.Model.Output("model")],
+        )
+
+    @classmethod
+    def execute(cls):
+        return io.NodeOutput(photos_lumina.load(PHOTOS))
+
+
 class EmojiPrompt(io.ComfyNode):
     """Turns lines of words into the conditioning of an emoji model."""
 
@@ -54,7 +74,7 @@ class EmojiPrompt(io.ComfyNode):
             display_name="Emoji Prompt",
             category="testbed",
             description='One prompt per line, such as "red apple on blue and pink"; for emoji_wan with a motion: '
-            '"red apple moving left on blue". Empty text is the null prompt.',
+            '"red apple moving left on blue"; for photos_lumina "cat upper left near". Empty text is the null prompt.',
             inputs=[io.String.Input("prompts", multiline=True, default="red apple on blue"), whose(CODECS)],
             outputs=[io.Conditioning.Output("conditioning")],
         )
@@ -109,7 +129,7 @@ class TestbedExtension(ComfyExtension):
     """Hands the nodes to ComfyUI."""
 
     async def get_node_list(self):
-        return [EmojiUNetLoader, EmojiPrompt, EmojiDecode, EmojiVideoDecode]
+        return [EmojiUNetLoader, PhotosLoader, EmojiPrompt, EmojiDecode, EmojiVideoDecode]
 
 
 async def comfy_entrypoint():

@@ -56,6 +56,7 @@ def clips_of(cells):
 class Codec:
     """A vocabulary with its embedding table [V,D] and a linear picture code of 48 to C numbers."""
 
+    file = "emoji_text.safetensors"
     cut, join = staticmethod(blocks), staticmethod(unblocks)
 
     def __init__(self, vocabulary, table, mean, encoder, decoder):
@@ -110,12 +111,19 @@ class ClipCodec(Codec):
         return torch.nn.functional.pad(context, (0, WIDE - context.shape[-1])), pooled
 
 
-CODECS = {"emoji_mmdit": Codec, "emoji_unet": Codec, "emoji_wan": ClipCodec}  # model -> its kind of codec
+class PhotoCodec(Codec):
+    """The same for photographs."""
+
+    file = "photos_text.safetensors"
+
+
+# model -> its kind of codec; what is distilled has that of its teacher
+CODECS = {"emoji_mmdit": Codec, "emoji_unet": Codec, "emoji_wan": ClipCodec, "photos_lumina": PhotoCodec}
 
 
 def load_codec(model):
     """The codec of a model, a name in CODECS."""
-    return CODECS[model].load(MODELS / model / "emoji_text.safetensors")
+    return CODECS[model].load(MODELS / model / CODECS[model].file)
 
 
 def conditioning(model, prompts):

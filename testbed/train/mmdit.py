@@ -1,6 +1,7 @@
 """Train the small SD3 MMDiT, a flow model of pictures."""
 
 import math
+from functools import partial
 
 import data
 import torch
@@ -47,11 +48,16 @@ def build():
     return model
 
 
+def velocity(model, x, sigma, context, pooled):
+    """What the network gives for latents of flow time sigma."""
+    return model(x, sigma * 1000, context=context, y=pooled)
+
+
 def loss(model, codec, pictures, prompts, generator):
     """Squared error of the velocity."""
-    velocity = lambda x, sigma, context, pooled: model(x, sigma * 1000, context=context, y=pooled)
-    return flow_loss(velocity, codec, pictures, prompts, generator, SHIFT)
+    return flow_loss(partial(velocity, model), codec, pictures, prompts, generator, SHIFT)
 
 
+RECIPE = Recipe("emoji_mmdit", build, loss, data.batch)
 if __name__ == "__main__":
-    main(Recipe("emoji_mmdit", build, loss, data.batch))
+    main(RECIPE)

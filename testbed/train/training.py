@@ -31,7 +31,7 @@ WIDTH = 128  # numbers a word
 class Recipe:
     """What one model does differently.
 
-    build() gives a fresh model, once the host can be imported; batch(emoji, count, generator) gives
+    build() gives a fresh model, once the host can be imported; batch(pictures, count, generator) gives
     pictures [count, ...] and their prompts; loss(model, codec, pictures, prompts, generator) a scalar.
     """
 
@@ -39,16 +39,17 @@ class Recipe:
     build: Callable
     loss: Callable
     batch: Callable
-    words: tuple = ()  # of captions, beside data.vocabulary's
+    vocabulary: Callable = data.vocabulary  # vocabulary(pad): the words of captions
     codec: type = emoji.Codec
     channels: int = 16  # of the latents
+    load: Callable = data.load_pictures  # load(folder): what batch gets
 
 
 def options(name):
     """Command line options."""
-    parser = argparse.ArgumentParser(description=f"Train {name} on emoji for a fixed time on a few CPU processes.")
-    parser.add_argument("--comfyui", required=True, help="ComfyUI folder")
-    parser.add_argument("--emoji", required=True, help="folder of 64 px emoji pictures")
+    parser = argparse.ArgumentParser(description=f"Train {name} for a fixed time on a few CPU processes.")
+    parser.add_argument("--comfyui", default=os.environ.get("COMFYUI_PATH"), help="ComfyUI folder")
+    parser.add_argument("--emoji", "--pictures", dest="pictures", required=True, help="folder of the pictures")
     parser.add_argument("--out", default=os.path.join(HERE, "..", "models", name))
     parser.add_argument("--resume", help="folder of an earlier run to start from")
     parser.add_argument("--minutes", type=float, default=20)
@@ -82,7 +83,7 @@ def new_codec(recipe, pictures, seed):
     """A codec with a random table and the linear code of augmented pictures."""
     sample, _ = recipe.batch(pictures, 2048, torch.Generator().manual_seed(seed))
     cells = recipe.codec.cut(sample)
-    words = data.vocabulary(emoji.PAD, recipe.words)
+    words = recipe.vocabulary(emoji.PAD)
     code = linear_code(cells.reshape(-1, cells.shape[-1]), recipe.channels)
     return recipe.codec(words, torch.randn(len(words), WIDTH), *code)
 
@@ -117,22 +118,22 @@ def average(weights):
         weight.data.copy_(part.view_as(weight))
 
 
-def files(folder, name):
+def files(folder, name, codec):
     """Paths of the network's weights and of the codec."""
-    return os.path.join(folder, f"{name}.safetensors"), os.path.join(folder, "emoji_text.safetensors")
+    return os.path.join(folder, f"{name}.safetensors"), os.path.join(folder, codec.file)
 
 
 def save(out, name, names, ema, codec):
     """Write the averaged weights: fp16 model and codec."""
     os.makedirs(out, exist_ok=True)
-    weights, text = files(out, name)
+    weights, text = files(out, name, codec)
     save_file({key: w.half().contiguous() for key, w in zip(names, ema)}, weights)
     type(codec)(list(codec.index), ema[-1], codec.mean, codec.encoder, codec.decoder).save(text)
 
 
 def load(folder, recipe, model):
     """Give the model its weights of an earlier run; returns that run's codec."""
-    weights, text = files(folder, recipe.name)
+    weights, text = files(folder, recipe.name, recipe.codec)
     with safe_open(weights, "pt") as file:
         model.load_state_dict({key: file.get_tensor(key).float() for key in file.keys()})  # noqa: SIM118 (not a mapping)
     return recipe.codec.load(text)
@@ -187,7 +188,7 @@ def train(rank, recipe, args, store):
     torch._dynamo.config.suppress_errors = True  # without a C++ compiler: eager
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=args.workers)
     use_host(args.comfyui)
-    pictures = data.load_pictures(args.emoji)
+    pictures = recipe.load(args.pictures)
     model, codec = recipe.build(), new_codec(recipe, pictures, args.seed)
     if args.resume:
         codec = load(args.resume, recipe, model)

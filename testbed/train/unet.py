@@ -66,5 +66,6 @@ def loss(model, codec, pictures, prompts, generator):
     return (weight * (found.float() - noise).square()).mean() / weight.mean()
 
 
+RECIPE = Recipe("emoji_unet", build, loss, data.batch)
 if __name__ == "__main__":
-    main(Recipe("emoji_unet", build, loss, data.batch))
+    main(RECIPE)

@@ -1,5 +1,7 @@
 """Train the small Wan model, a flow model of clips."""
 
+from functools import partial
+
 import data
 import torch
 from training import Recipe, emoji, flow_loss, main
@@ -28,12 +30,17 @@ def build():
     return model
 
 
+def velocity(model, x, sigma, context, pooled):
+    """What the network gives for latents of flow time sigma."""
+    return model(x, sigma * 1000, context=context)
+
+
 def loss(model, codec, clips, prompts, generator):
     """Squared error of the velocity."""
-    velocity = lambda x, sigma, context, pooled: model(x, sigma * 1000, context=context)
-    return flow_loss(velocity, codec, clips, prompts, generator, SHIFT)
+    return flow_loss(partial(velocity, model), codec, clips, prompts, generator, SHIFT)
 
 
+WORDS = tuple(word for motion in data.MOTIONS for word in motion.split())
+RECIPE = Recipe("emoji_wan", build, loss, data.clips, partial(data.vocabulary, more=WORDS), emoji.ClipCodec, CHANNELS)
 if __name__ == "__main__":
-    words = tuple(word for motion in data.MOTIONS for word in motion.split())
-    main(Recipe("emoji_wan", build, loss, data.clips, words, emoji.ClipCodec, CHANNELS))
+    main(RECIPE)

@@ -25,16 +25,19 @@ class Painter:
         self.prompts = prompts or self.bed.prompts("tuning")[:6]
         self._full: dict[Any, Tensor] = {}
 
-    def paint(self, model: Any, steps: int = STEPS, cfg: float = 4.5, sampler: str = "euler") -> Tensor:
-        """Pictures [prompts, 3, 64, 64] or clips [prompts, frames, 3, 64, 64], in 0..1."""
+    def paint(self, model: Any, steps: int = 0, cfg: float = 0.0, sampler: str = "euler") -> Tensor:
+        """Pictures [prompts, 3, side, side] or clips [prompts, frames, 3, side, side], in 0..1.
+
+        Steps and cfg are the bed's where none are given.
+        """
         latent = self.bed.empty(len(self.prompts))
         noise = comfy.sample.prepare_noise(latent, self.seed)
         positive, negative = self.bed.conditioning(self.prompts), self.bed.conditioning([""])
         samples = comfy.sample.sample(
             model,
             noise,
-            steps,
-            cfg,
+            steps or self.bed.steps,
+            cfg or self.bed.cfg,
             sampler,
             self.bed.scheduler,
             positive,
@@ -58,7 +61,7 @@ class Painter:
         """(dB above fewer steps at equal cost, cost) of `settings`, both against full sampling."""
         cached = attach(node(self.model.clone()) if node else self.model, settings)
         full, ours = self.full(node, **options), self.paint(cached, **options)
-        steps = -(-options.get("steps", STEPS) * totals(cached)["rows"] // totals(cached)["rows_full"])
+        steps = -(-options.get("steps", self.bed.steps) * totals(cached)["rows"] // totals(cached)["rows_full"])
         fewer = self.full(node, **{**options, "steps": steps})
         return decibels(ours, full) - decibels(fewer, full), totals(cached)["cost"]
 
