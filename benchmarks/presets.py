@@ -4,10 +4,9 @@ Prints the table and writes output/presets/summary.json.
 """
 
 from benchmarks.tools.comparison import compare
-from benchmarks.tools.sampling import Run
+from benchmarks.tools.sampling import PRESETS, Run
 from testbed.server import plain_errors
 
-PRESETS = ("exact-looking", "balanced", "fast", "paper")
 RUNS = [
     Run("full"),
     *(Run(preset, (("FasterCache", {"preset": preset}),)) for preset in PRESETS),
