@@ -194,12 +194,12 @@ def with_error(values: Sequence[float], sign: str = "") -> str:
 
 
 def host_cell(points: Sequence[Point | None]) -> str:
-    """Mean cost and PSNR of a cache of the host; equal pictures have no PSNR."""
-    known = [point for point in points if point]
-    if not known:
-        return ""
-    psnr = [decibel for _, decibel in known if decibel is not None]
-    return f"{np.mean([cost for cost, _ in known]):.2f}: " + (f"{np.mean(psnr):.1f}" if psnr else "does nothing")
+    """Mean cost and PSNR of a cache of the host, of the pictures that it changed."""
+    changed = [point for point in points if point and point[1] is not None]
+    if not changed:
+        return "does nothing" if any(points) else ""
+    cost, psnr = np.mean(changed, axis=0)
+    return f"{cost:.2f}: {psnr:.1f}"
 
 
 def records_of(options: argparse.Namespace) -> list[Record]:

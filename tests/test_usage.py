@@ -66,10 +66,10 @@ def test_settings_are_the_hosts_and_have_a_bed(setting):
         assert all(list(sigmas) == sorted(sigmas, reverse=True) and sigmas[-1] == 0 for sigmas in setting.lists)
 
 
-def test_beds_that_exist_are_used_and_others_only_instead():
-    setting = replace(EIGHT, beds=("missing", "emoji_unet"), instead=("mmdit", "wan"))
-    assert beds_of(setting) == ["unet"] and beds_of(replace(setting, beds=("missing",))) == ["mmdit", "wan"]
-    assert beds_of(setting, ["wan"]) == ["wan"] and beds_of(replace(setting, beds=("?net", "unet"))) == ["unet"]
+def test_beds_that_exist_are_used_and_others_in_place_of_those_that_do_not():
+    setting = replace(EIGHT, beds=("missing|also missing", "missing|mmdit|wan", "emoji_unet|wan", "?net"))
+    assert beds_of(setting) == ["mmdit", "unet"]
+    assert beds_of(setting, ["wan", "unet"]) == ["wan", "unet"] and beds_of(EIGHT, ["wan"]) == []
 
 
 @pytest.mark.parametrize("steps", [2, 3, 7, 10, 11])
@@ -149,6 +149,11 @@ def test_the_table_leaves_pictures_without_skips_out_of_all_but_the_cost(capsys)
     assert "| 0 of 1 |" in rows[3] and "nothing skipped" in table([untouched])
     show([*records, replace(RECORD, preset="balanced", cost=0.8)])
     assert capsys.readouterr().out.endswith("| settings of 1% | 0.583 | 0.800 |\n")
+
+
+def test_a_cache_of_the_host_is_shown_by_the_pictures_that_it_changed():
+    assert usage.host_cell([(0.8, 30.0), (0.9, 40.0), (1.0, None), None]) == "0.85: 35.0"
+    assert usage.host_cell([(1.0, None)]) == "does nothing" and usage.host_cell([None]) == ""
 
 
 def test_records_are_plain_json():
