@@ -18,4 +18,5 @@ calibration   the best policy for the user's own model
 report        what a run did, as JSON, as a line and as text
 messages      every sentence that a user reads in a report
 metrics       PSNR and SSIM
+law           from the errors of a run to the PSNR of its picture, and what pictures of one model teach
 """

@@ -62,6 +62,10 @@ class Engine:
         self.correctors.clear()
         self.computed_at = -1
 
+    def finish(self) -> float | None:
+        """The run is over: see Controller."""
+        return self.controller.finish(Signals(self.output, [*self.differences.values()], self.probe))
+
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
         signals = [t for signal in self._signals() for t in signal.tensors()]

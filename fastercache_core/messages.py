@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from .law import Law
+
 # Run
 
 NOTHING_ON = "every method is switched off: nothing is skipped"
@@ -38,6 +40,29 @@ def features_not_reused(were_probed: bool) -> str:
     """Why cached features were never used. were_probed: their error was measured."""
     reason = "with them the picture would miss the target" if were_probed else "there were too few steps to probe them"
     return f"features were cached but not reused: {reason}"
+
+
+# Learning on the user's own model
+
+NOTHING_LEARNT = (
+    "nothing was learnt: that takes a run without a mask or context windows, under a preset with a closeness, in which "
+    "a tenth of the steps or more was skipped"
+)
+learnt_unreadable = "what was learnt on this model is not used, {}".format
+not_learnt = "what this run showed was not kept, {}".format
+
+
+def calibrated(kind: str, law: Law, unknown: Law) -> str:
+    """What the law of a model's errors is by. unknown: that for a model of which nothing is known."""
+    pictures = f"{law.pictures} picture{'s' if law.pictures > 1 else ''}"
+    change = round(law.low - unknown.low)
+    bolder = f"{change} dB bolder" if change > 0 else f"{-change} dB more careful" if change else "no bolder"
+    return f"calibrated on this model, {kind}, {pictures}: {bolder} than for a model not seen before"
+
+
+def learnt(kind: str, law: Law, unknown: Law) -> str:
+    """What a run with `learn` on gave; see `calibrated`."""
+    return f"sampled in full as well, to learn: the next run is {calibrated(kind, law, unknown)}"
 
 
 # Compatibility

@@ -16,6 +16,16 @@ def psnr(a: Tensor, b: Tensor, peak: float = 1.0) -> Tensor:
     return 10 * torch.log10(peak**2 / error)
 
 
+def latent_psnr(a: Tensor, full: Tensor) -> Tensor:
+    """PSNR in dB of each latent in a batch to that of full sampling, tensor [batch].
+
+    a, full: [batch, ...]. The peak is four standard deviations of the full one, as it is in pictures from 0 to 1.
+    """
+    a, full = (value.double().flatten(1) for value in (a, full))
+    peak = 4 * full.std(1, keepdim=True)
+    return psnr(a / peak, full / peak)
+
+
 def ssim(a: Tensor, b: Tensor, peak: float = 1.0) -> Tensor:
     """Structural similarity of each picture in a batch, tensor [batch], 1.0 = equal.
 

@@ -145,6 +145,9 @@ class Controller(Protocol):
     def reset(self) -> None:
         """Forget the past, so that the next evaluation is computed."""
 
+    def finish(self, signals: Signals) -> float | None:
+        """The run is over: the sum of its squared errors, relative to the latent; None where they are not estimated."""
+
 
 class ControllerSettings(Protocol):
     """The settings of a controller, what makes it, and what a run under it is like.

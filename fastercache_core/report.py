@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -112,9 +113,21 @@ def full_text(report: Mapping[str, Any]) -> str:
     run = report["run"]
     head = [f"{key}: {run[key]}" for key in ("model", "sampler", "steps", "cfg") if key in run]
     head += [f"features: {features_text(run['features'])}"] if run.get("features", {}).get("sites") else []
+    head += closeness(run)
     notes = [f"note: {note}" for note in report["notes"]]
     lines = [f"{r['ordinal']:4d}  sigma {r['sigma']:8.4f}  {_actions(r)}" for r in report["evaluations"]]
     return "\n".join([summary_line({**report, "notes": []}), *head, *notes, *lines])
+
+
+def closeness(run: Mapping[str, Any]) -> list[str]:
+    """Lines on how close a run is to full sampling: as its errors let expect, and as measured where that was done."""
+    lines = []
+    if "expected" in run:
+        typical, low = run["expected"]
+        lines.append(f"expected: about {typical:.0f} dB PSNR to full sampling, in nine of ten pictures above {low:.0f}")
+    if run.get("psnr"):
+        lines.append(f"measured: {fmean(run['psnr']):.1f} dB PSNR to full sampling, of the latent")
+    return lines
 
 
 def features_text(plan: Mapping[str, Any]) -> str:

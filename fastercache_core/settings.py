@@ -15,7 +15,8 @@ class CacheSettings:
     """label: names the choice in reports; controller: decides what every evaluation does.
 
     difference: how branches are estimated from the conditional one (CFG-Cache); output: how the conditional output is
-    predicted; reuse: which features are reused. None turns each of them off.
+    predicted; reuse: which features are reused. None turns each of them off. learn: sample in full as well, and learn
+    what errors mean on this model.
     """
 
     label: str
@@ -23,3 +24,4 @@ class CacheSettings:
     difference: DifferenceSettings | None = None
     output: OutputSettings | None = None
     reuse: ReuseSettings | None = None
+    learn: bool = False

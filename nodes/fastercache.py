@@ -52,11 +52,13 @@ def preset_inputs() -> list[io.Input]:
     """The inputs that choose a preset and where it may skip."""
     preset = "Closeness to full sampling: exact-looking 50 dB PSNR, balanced 42, fast 36 (small changes)."
     closeness = "Target PSNR to full sampling in dB, in place of the preset's. 0 = as the preset says."
+    learn = "Sample in full as well, and learn from both what may be skipped on this model. Slower."
     return [
         io.Combo.Input("preset", options=list(PRESETS), default="balanced", tooltip=preset),
         advanced(io.Float.Input("closeness", default=0.0, min=0.0, max=80.0, step=1.0, tooltip=closeness)),
         *window_inputs(),
         *feature_inputs(),
+        advanced(io.Boolean.Input("learn", default=False, optional=True, tooltip=learn)),
     ]
 
 
@@ -67,7 +69,7 @@ def with_preset(node: Node, model: ModelPatcher, inputs: Inputs) -> ModelPatcher
     if closeness and isinstance(settings.controller, AdaptiveSettings):
         settings = automatic(f"{closeness:g} dB", closeness, span)
     reuse = feature_settings(node, inputs, settings.reuse, span)
-    return attach(model, replace(settings, reuse=reuse), node.hidden.unique_id)
+    return attach(model, replace(settings, reuse=reuse, learn=inputs.get("learn", False)), node.hidden.unique_id)
 
 
 class FasterCache(io.ComfyNode):

@@ -3,15 +3,15 @@
 import os
 import re
 
-import folder_paths
 from comfy_api.latest import io, ui
 
 from ..fastercache_core.calibration.policy import Policy
 from ..fastercache_core.calibration.policy_file import MAX_BYTES, dumps, loads
+from .host.user_files import FOLDER, folders, write_whole
 from .schema import Node, schema, wrong
 
 CachePolicy = io.Custom("CACHE_POLICY")
-FOLDER, ENDING = "fastercache", ".json"
+ENDING = ".json"
 # Letters of any language, digits, and a few signs that mean nothing to any file system.
 SAFE_NAME = re.compile(r"\w[\w .+()-]{0,99}")
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices on Windows
@@ -33,12 +33,8 @@ class FasterCachePolicySave(io.ComfyNode):
 
     @classmethod
     def execute(cls, policy: Policy, filename: str) -> io.NodeOutput:
-        folder = os.path.join(folder_paths.get_output_directory(), FOLDER)
-        os.makedirs(folder, exist_ok=True)
-        path = inside(cls, folder, filename)
-        with open(f"{path}.part", "w", encoding="utf-8") as file:
-            file.write(dumps(policy))
-        os.replace(f"{path}.part", path)  # never half a file
+        path = inside(cls, folders()[0], filename)
+        write_whole(path, dumps(policy))
         return io.NodeOutput(path, ui=ui.PreviewText(f"{path}\n{summary(policy)}"))
 
 
@@ -84,21 +80,15 @@ def summary(policy: Policy) -> str:
     )
 
 
-def policy_folders() -> list[str]:
-    """The folders that policies are read from, first choice first."""
-    roots = (folder_paths.get_output_directory(), folder_paths.get_input_directory())
-    return [os.path.join(root, FOLDER) for root in roots]
-
-
 def policy_files() -> list[str]:
     """Names of all policy files there are."""
-    folders = [folder for folder in policy_folders() if os.path.isdir(folder)]
-    return sorted({name for folder in folders for name in os.listdir(folder) if name.endswith(ENDING)})
+    there = filter(os.path.isdir, folders())
+    return sorted({name for folder in there for name in os.listdir(folder) if name.endswith(ENDING)})
 
 
 def find(node: Node, name: str) -> str:
     """Path of the policy file `name`. Raises ValueError when there is none."""
-    for folder in policy_folders():
+    for folder in folders():
         path = inside(node, folder, name)
         if os.path.isfile(path):
             return path

@@ -93,7 +93,8 @@ class AdaptiveController:
         """settings: with a target that is no less than `floor`."""
         self.high, self.low = settings.window.sigmas(context.percent_to_sigma)
         self.readback = Readback(context.late)
-        self.budget = 10 ** ((context.solver.psnr - settings.target) / 10)  # sum of squared errors still to come
+        self.budget = context.solver.law.budget(settings.target)  # sum of squared errors still to come
+        self.spent = 0.0  # and of those that were made
         self.longest = settings.longest if context.solver.corrects else LONGEST_UNCORRECTED
         self.skip_by = Action.PREDICT if context.predicts else Action.ESTIMATE
         self.revisits = False  # the sampler comes back to a sigma, as those with two calls a step do
@@ -102,7 +103,7 @@ class AdaptiveController:
     def choose(self, evaluation: Evaluation, signals: Signals) -> Step:
         """See Controller."""
         wanted = [*([signals.output] if signals.output else []), *signals.differences]
-        known = [signal for signal in wanted if signal and signal.known > 1]
+        known = _known(wanted)
         if self.last is None or len(known) < len(wanted) or not (known or signals.probe):
             return COMPUTE
         if self.last.ordinal == evaluation.ordinal - 1:
@@ -133,6 +134,13 @@ class AdaptiveController:
         self.readback.reset()
         self._begin()
 
+    def finish(self, signals: Signals) -> float | None:
+        """See Controller."""
+        known = _known([signals.output, *signals.differences])
+        for _ in range(1 + self.readback.late):  # what is on its way, and what the last gap did
+            self._spend(self._read(known, signals.probe))
+        return self.spent
+
     def _begin(self) -> None:
         self.last, self.gap = None, Gap()
         self.skip_gap = self.reuse_gap = 1
@@ -157,9 +165,7 @@ class AdaptiveController:
         """Set the gaps that begin with the last computed evaluation."""
         assert self.last is not None
         gap = errors.gap
-        spent = errors.reused * gap.passed if gap.reused and errors.reused is not None else errors.predicted
-        if gap.passed > 1 and spent is not None:  # a window of a long video may have been away
-            self.budget -= (spent * gap.span) ** 2
+        self._spend(errors)
         sigmas = [self.last.sigma, evaluation.sigma, *evaluation.following]
         self._choose_skipping(errors, sigmas)
         # Skipping the negative pass saves half of what skipping a step does, and less than deep features do.
@@ -167,6 +173,14 @@ class AdaptiveController:
         self.reuse_gap = self._longest(errors.reused, LONGEST_REUSE, sigmas) if better else 1
         longest = max(self.skip_gap, self.reuse_gap)
         self.gap = Gap(expected=errors.predicted and errors.predicted / gap.passed * longest)
+
+    def _spend(self, errors: Errors) -> None:
+        """Take what a gap did from the budget."""
+        gap = errors.gap
+        error = errors.reused * gap.passed if gap.reused and errors.reused is not None else errors.predicted
+        if gap.passed > 1 and error is not None:  # a window of a long video may have been away
+            self.budget -= (error * gap.span) ** 2
+            self.spent += (error * gap.span) ** 2
 
     def _choose_skipping(self, errors: Errors, sigmas: Sequence[float]) -> None:
         """Set the gap of predictions; sigmas: of the last computed evaluation and all later."""
@@ -197,6 +211,11 @@ class AdaptiveController:
             if (rate * gap * span) ** 2 * left / gap <= self.budget and (span <= reach or not reach):
                 best = gap
         return best
+
+
+def _known(signals: Sequence[Signal | None]) -> list[Signal]:
+    """Those that can be predicted."""
+    return [signal for signal in signals if signal and signal.known > 1]
 
 
 def floor(solver: Solver) -> float:

@@ -91,6 +91,10 @@ class IntervalController:
                 schedule.computed_at = None
         self.may_predict.opened = self.may_estimate.opened = False
 
+    def finish(self, signals: Signals) -> float | None:
+        """See Controller: local errors say when to begin, and are not added up."""
+        return None
+
 
 class Schedule:
     """An interval during one run. The evaluation that ends a run is never skipped: its error would reach the result

@@ -122,6 +122,10 @@ class PlannedController:
     def reset(self) -> None:
         """See Controller: a plan has no past."""
 
+    def finish(self, signals: Signals) -> float | None:
+        """See Controller: a plan does not depend on errors."""
+        return None
+
     def _known(self, signal: Signal | None, weights: Sequence[float]) -> bool:
         if signal is None:
             return False

@@ -13,7 +13,8 @@ EVENT = "fastercache.report"
 
 
 def announce(node_id: str | None, report: Mapping[str, Any]) -> None:
-    """Send a run's one-line summary for node `node_id`; without a page or a node, do nothing."""
+    """Send a run's summary and what it is calibrated by for node `node_id`; without a page or a node, do nothing."""
     server = getattr(PromptServer, "instance", None)
     if server is not None and node_id is not None:
-        server.send_sync(EVENT, {"node": node_id, "text": short_line(report)}, server.client_id)
+        text = "\n".join([short_line(report), *filter(None, [report["run"].get("calibration")])])
+        server.send_sync(EVENT, {"node": node_id, "text": text}, server.client_id)

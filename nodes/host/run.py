@@ -6,6 +6,7 @@ Made when the run starts and dropped when it ends, however it ends. Nothing of i
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from comfy.model_sampling import CONST
 from ...fastercache_core import messages
 from ...fastercache_core.actions import Action, fuller
 from ...fastercache_core.clock import Clock, Evaluation
+from ...fastercache_core.controllers.adaptive import AdaptiveSettings
 from ...fastercache_core.controllers.planned import flow_timestep
 from ...fastercache_core.engine import Engine, Outcome
 from ...fastercache_core.protocols import Observer, Pass, RunContext
@@ -23,6 +25,7 @@ from ...fastercache_core.solvers import Solver
 from .compatibility import RunSetup, compatible, is_compiled
 from .conditioning import Window, active_branches, branch_name, fingerprint, reference_branch, window_of
 from .feature_pass import FeaturePass
+from .learning import law_of
 from .model_call import BranchesCall
 from .network import HostNetwork
 from .policy_checks import planned
@@ -124,6 +127,7 @@ class CacheRun:
         """End the run: drop every tensor, finish the report."""
         self._close_evaluation()
         reuses = self._close_features(self.features) if self.features else False
+        self._close_errors()
         if self.observer:
             self.observer.closed()
         if not self._lost:
@@ -139,7 +143,7 @@ class CacheRun:
         return RunContext(
             sampling.percent_to_sigma,
             setup.guidance_scale,
-            setup.solver or Solver(),
+            self._solver(),
             setup.sigmas,
             timestep,
             late=is_compiled(setup.guider.model_patcher),
@@ -147,6 +151,12 @@ class CacheRun:
             estimates=settings.difference is not None,
             reuses=settings.reuse is not None,
         )
+
+    def _solver(self) -> Solver:
+        """What is known of the sampler, with what was learnt on this model."""
+        solver = self.setup.solver or Solver()
+        adaptive = isinstance(self.settings.controller, AdaptiveSettings)
+        return replace(solver, law=law_of(self.setup, self.report)) if adaptive else solver
 
     def _features(self) -> FeaturePass | None:
         """What reuses features in this run, None when nothing does."""
@@ -216,6 +226,14 @@ class CacheRun:
             if not any(Action.REUSE in record.actions.values() for record in self.report.evaluations):
                 self.report.note(messages.features_not_reused(self.probes > 0))
         return bool(plan["sites"])
+
+    def _close_errors(self) -> None:
+        """Report the errors of a whole run and what they mean for its picture, where it was not in context windows."""
+        engine, complete = self.regions.get(None), self.evaluation and self.evaluation.is_last
+        spent = engine.finish() if engine and complete else None
+        if spent:
+            expected = self.context.solver.law.closeness(spent)
+            self.report.run |= {"spent": spent, "expected": [round(value, 2) for value in expected]}
 
     @property
     def _lost(self) -> bool:

@@ -6,8 +6,10 @@ Here the host's positional arguments get names; `model_call` hands them back. No
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import comfy.model_management
 import comfy.model_patcher
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -17,6 +19,7 @@ from ...fastercache_core.settings import CacheSettings
 from .announce import announce
 from .compatibility import RunSetup
 from .conditioning import step_hooks
+from .learning import learn
 from .model_call import BranchesCall, ModelCall
 from .network import REQUEST_KEY
 from .run import CacheRun, RunObserver
@@ -25,6 +28,7 @@ SETTINGS_KEY = "fastercache"
 RUN_KEY = "fastercache_run"
 BOX_KEY = "fastercache_report"
 OBSERVER_KEY = "fastercache_observer"
+MASK, CALLBACK = 4, 5  # their places among the arguments of OUTER_SAMPLE
 
 
 class ReportBox:
@@ -66,13 +70,13 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     observer = options["transformer_options"].get(OBSERVER_KEY)
     shape = (kwargs.get("latent_shapes") or [args[0].shape])[0]  # of packed latents the first
     run = CacheRun(settings, RunSetup(guider, args[2], tuple(args[3].tolist()), tuple(shape)), observer)
+    in_full = _in_full(executor, args, kwargs) if settings.learn and observer is None else None
     try:
-        guider.model_options = comfy.model_patcher.create_model_options_clone(options)
-        guider.model_options["transformer_options"][RUN_KEY] = run
-        return executor(*args, **kwargs)
+        latent = _under(run, executor, *args, **kwargs)
+        if in_full:
+            learn(run.setup, run.report, latent, in_full if args[MASK] is None else None)
+        return latent
     finally:
-        guider.model_options = options
-        run.close()
         if observer is None:
             _deliver(guider.model_patcher.get_attachment(BOX_KEY), run.report.as_dict())
 
@@ -131,6 +135,31 @@ def _wrapped(model: Any, settings: CacheSettings) -> Any:
         patched.remove_wrappers_with_key(kind, SETTINGS_KEY)
         patched.add_wrapper_with_key(kind, SETTINGS_KEY, wrapper)
     return patched
+
+
+def _under(run: CacheRun, executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """One sampling, with `run` deciding what is computed."""
+    guider, options = executor.class_obj, executor.class_obj.model_options
+    try:
+        guider.model_options = comfy.model_patcher.create_model_options_clone(options)
+        guider.model_options["transformer_options"][RUN_KEY] = run
+        return executor(*args, **kwargs)
+    finally:
+        guider.model_options = options
+        run.close()
+
+
+def _in_full(executor: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[[], torch.Tensor]:
+    """What samples once more with nothing skipped. It shows nothing of itself, but can be interrupted."""
+    guider = executor.class_obj
+    conds = {name: [{**cond} for cond in conds] for name, conds in guider.conds.items()}  # sampling changes its own
+    stop = lambda *_: comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def sample() -> torch.Tensor:
+        guider.conds = conds
+        return executor(*args[:CALLBACK], stop, *args[CALLBACK + 1 :], **kwargs)
+
+    return sample
 
 
 def _run_of(options: dict[str, Any]) -> CacheRun | None:

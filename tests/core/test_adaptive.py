@@ -64,22 +64,38 @@ def sample(
     sigmas: Sequence[float] = (),
     **settings: Any,
 ) -> str:
-    """One letter for every evaluation of a run at `sigmas`, even ones where none are given.
+    """One letter for every evaluation of a run; see `run`."""
+    return run(error, target, solver, steps, probe, sigmas, **settings)[0]
+
+
+def run(
+    error: Callable[[int], Error] | None,
+    target: float = 42.0,
+    solver: Solver = EULER,
+    steps: int = STEPS,
+    probe: Probe | None = None,
+    sigmas: Sequence[float] = (),
+    **settings: Any,
+) -> tuple[str, float | None]:
+    """One letter for every evaluation of a run at `sigmas`, even ones where none are given, and what it spent.
 
     error(ordinal): of the latent's slope, by a forecast for the next evaluation, a float or one for each picture;
     it grows with the gap. None: nothing can be predicted.
     """
     chooses, clock, done = controller(target, solver, **settings), Clock(sigmas or grids.even(steps)), ""
-    for ordinal in range(len(clock.grid)):
-        evaluation = clock.tick(clock.grid[ordinal])
+
+    def known(ordinal: int) -> Signals:
         gap = len(done) - done.rfind("C", 0, -1) - 1 if "C" in done[:-1] else 1
         now = error(ordinal) if error else ()
         output = signal(*(e * gap for e in (now if isinstance(now, tuple) else (now,)))) if error else None
-        known = Signals(output, [], probe) if ordinal > 1 else Signals(None, [])
-        action = chooses.choose(evaluation, known).action
+        return Signals(output, [], probe) if ordinal > 1 else Signals(None, [])
+
+    for ordinal in range(len(clock.grid)):
+        evaluation = clock.tick(clock.grid[ordinal])
+        action = chooses.choose(evaluation, known(ordinal)).action
         chooses.took(evaluation, action)
         done += action.letter
-    return done
+    return done, chooses.finish(known(len(done)))
 
 
 def gaps(letters: str) -> list[int]:
@@ -98,7 +114,7 @@ def spent(letters: str, error: Callable[[int], float]) -> float:
 
 
 def budget(target: float, solver: Solver = EULER) -> float:
-    return 10 ** ((solver.psnr - target) / 10)
+    return solver.law.budget(target)
 
 
 # The target
@@ -108,6 +124,18 @@ def budget(target: float, solver: Solver = EULER) -> float:
 def test_the_higher_the_target_the_more_is_computed(error: float) -> None:
     costs = [cost(sample(lambda _: error, target)) for target in (30, 35, 40, 45, 50, 55, 60, 65, 80)]
     assert costs == sorted(costs) and costs[0] < 0.5 < costs[-1]
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("target", [35, 42])
+def test_a_run_tells_what_all_its_gaps_have_spent(target: float, late: bool) -> None:
+    letters, total = run(lambda _: 0.05, target, late=late)
+    assert letters.count("P") > 3 and letters.endswith("PC"), "the last gap ends with the run, and counts, too"
+    assert total == pytest.approx(spent(letters, lambda _: 0.05)) and total <= budget(target)
+
+
+def test_a_run_that_skips_nothing_has_spent_nothing() -> None:
+    assert run(lambda _: 0.5, 60) == ("C" * STEPS, 0.0)
 
 
 def test_what_cannot_be_reached_by_skipping_is_sampled_in_full() -> None:
@@ -347,7 +375,7 @@ def test_an_error_of_features_counts_with_their_age_over_the_span_of_the_gap() -
     """(0.1 * 2 * 0.2)^2 = 0.0016: with a budget just below nothing is left, with one just above there is."""
     reused = [Action.COMPUTE, Action.REUSE, Action.COMPUTE]
     errors = [0.02, 0.02, 0.1, 0.1, *[1e-4] * 5]
-    target = lambda left: UNCORRECTED.psnr - 10 * torch.log10(torch.tensor(left)).item()
+    target = lambda left: UNCORRECTED.law.low - 10 * torch.log10(torch.tensor(left)).item()
     enough, too_little = (follow(errors, reused, target(left))[4:] for left in (0.0016 * 1.01, 0.0016 * 0.99))
     assert Action.REUSE in enough and set(too_little) == {Action.COMPUTE}
 

@@ -6,8 +6,12 @@ import math
 import pytest
 import torch
 
-from fastercache_core.metrics import psnr, ssim
+from fastercache_core import messages
+from fastercache_core.law import Law
+from fastercache_core.metrics import latent_psnr, psnr, ssim
 from fastercache_core.report import EvaluationRecord, RunReport, full_text, short_line, summary_line
+
+LAW = Law(30.0, between=3.0, within=5.0)
 
 
 def report() -> RunReport:
@@ -85,6 +89,33 @@ def test_psnr_is_twenty_decibels_for_a_tenth_of_the_peak():
     a = torch.zeros(2, 3, 16, 16)
     assert psnr(a, a + 0.1).tolist() == pytest.approx([20.0, 20.0])
     assert math.isinf(psnr(a, a)[0])
+
+
+def test_latents_are_compared_in_their_own_units():
+    noise = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    full = noise * torch.tensor([0.5, 8.0]).reshape(2, 1, 1, 1)
+    off = full + 0.04 * full.std((1, 2, 3), keepdim=True)  # a hundredth of four standard deviations
+    assert latent_psnr(off, full).tolist() == pytest.approx([40.0, 40.0])
+    assert math.isinf(latent_psnr(full, full)[0])
+
+
+def test_a_person_reads_how_close_the_picture_is_and_what_it_is_calibrated_by():
+    report = RunReport(run={"expected": [47.6, 40.1], "psnr": [44.0, 45.0]}).as_dict()
+    assert "expected: about 48 dB PSNR to full sampling, in nine of ten pictures above 40" in full_text(report)
+    assert "measured: 44.5 dB PSNR to full sampling, of the latent" in full_text(report)
+    assert not {"expected:", "measured:"} & set(full_text(RunReport().as_dict()).split())
+
+
+@pytest.mark.parametrize(
+    "constants, change",
+    [([36.0] * 9, "5 dB bolder"), ([15.0, 17.0], "5 dB more careful"), ([LAW.mean - 1], "no bolder")],
+)
+def test_a_calibration_is_told_in_plain_words(constants, change):
+    said = messages.calibrated("euler, 13 to 24 steps", LAW.learnt(constants), LAW)
+    count = "1 picture" if len(constants) == 1 else f"{len(constants)} pictures"
+    assert said == (
+        f"calibrated on this model, euler, 13 to 24 steps, {count}: {change} than for a model not seen before"
+    )
 
 
 def test_ssim_is_one_for_equal_pictures_and_falls_with_noise():
