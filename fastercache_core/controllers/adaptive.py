@@ -30,6 +30,12 @@ from ..solvers import Solver
 FLOOR, FLOOR_NOISY, FLOOR_UNCORRECTED = 30.0, 36.0, 42.0
 LONGEST_REUSE = 3  # the longest gap in which features are reused
 LONGEST_UNCORRECTED = 2  # the longest gap of predictions that are not corrected
+POWER = 2.0  # an error grows with this power of the gap, or of its span where that grew more
+STAY = 4.0  # a gap as long as the last may cost this many times its share: equal gaps are closer than mixed ones
+WIDEN = 1.0
+GREW = 1.0
+LONGEST = 8
+CSHIFT = 0.0
 GROWTH = 3.0  # an error so many times the expected one counts as no larger: it may be a single bad forecast
 
 
@@ -40,7 +46,7 @@ class AdaptiveSettings:
 
     target: float = 42.0
     window: Window = Window()
-    longest: int = 4
+    longest: int = LONGEST
     corrects, probes, longest_reuse = True, True, LONGEST_REUSE
     reference_only, holds_slope, uses_errors = False, False, True
 
@@ -70,6 +76,26 @@ class Gap:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """An error that was seen at the end of a gap of `passed` evaluations that spanned `span` in sigma (0: that does not
+    matter), and the power of the gap with which it grows."""
+
+    error: float
+    passed: int = 1
+    span: float = 0.0
+    power: float = POWER
+
+    def at(self, gap: int, span: float = 0.0) -> float:
+        """The error to expect at the end of a gap of that many evaluations and that span."""
+        ratio = max(gap / self.passed, span / self.span if self.span else 0.0)
+        return self.error * (ratio**self.power if ratio > 1 else ratio)
+
+    def reaches(self, span: float) -> bool:
+        """False for a span so much larger that the error says nothing of it."""
+        return not self.span or span <= REACH_LATENT * self.span
+
+
+@dataclass(frozen=True)
 class Errors:
     """Errors of the latent's slope at the end of `gap`, None where unknown.
 
@@ -93,9 +119,9 @@ class AdaptiveController:
         """settings: with a target that is no less than `floor`."""
         self.high, self.low = settings.window.sigmas(context.percent_to_sigma)
         self.readback = Readback(context.late)
-        self.budget = context.solver.law.budget(settings.target)  # sum of squared errors still to come
+        self.budget = context.solver.law.budget(settings.target - CSHIFT)  # sum of squared errors still to come
         self.spent = 0.0  # and of those that were made
-        self.longest = settings.longest if context.solver.corrects else LONGEST_UNCORRECTED
+        self.longest = LONGEST if context.solver.corrects else LONGEST_UNCORRECTED
         self.skip_by = Action.PREDICT if context.predicts else Action.ESTIMATE
         self.revisits = False  # the sampler comes back to a sigma, as those with two calls a step do
         self._begin()
@@ -170,9 +196,11 @@ class AdaptiveController:
         self._choose_skipping(errors, sigmas)
         # Skipping the negative pass saves half of what skipping a step does, and less than deep features do.
         better = self.skip_gap == 1 or errors.deep
-        self.reuse_gap = self._longest(errors.reused, LONGEST_REUSE, sigmas) if better else 1
+        reused = Seen(errors.reused, power=1.0) if better and errors.reused is not None else None
+        self.reuse_gap = self._longest(reused, LONGEST_REUSE, sigmas)
         longest = max(self.skip_gap, self.reuse_gap)
-        self.gap = Gap(expected=errors.predicted and errors.predicted / gap.passed * longest)
+        expected = errors.predicted and Seen(errors.predicted, gap.passed, power=GREW).at(longest)
+        self.gap = Gap(expected=expected)
 
     def _spend(self, errors: Errors) -> None:
         """Take what a gap did from the budget."""
@@ -184,31 +212,31 @@ class AdaptiveController:
 
     def _choose_skipping(self, errors: Errors, sigmas: Sequence[float]) -> None:
         """Set the gap of predictions; sigmas: of the last computed evaluation and all later."""
-        error, gap = errors.predicted, errors.gap
         again = abs(sigmas[0] - sigmas[1]) < 1e-6 * sigmas[0]
         self.revisits |= again
-        # Errors grow with the gap, and stay the same for equal gaps. Where one grew more, it is taken to go on so.
-        growth = 1.0
-        if error and gap.expected and not self.revisits:
-            growth = min(max(error / gap.expected, 1.0), GROWTH)
-        # An error that was seen on small steps says nothing of far larger ones.
-        reach = 0.0 if self.revisits else REACH_LATENT * gap.span
-        longest = self._longest(error and growth * error / gap.passed, self.longest, sigmas, reach)
+        longest = self._longest(self._seen(errors), self.longest, sigmas)
         # Where a sigma was visited just before, nearly the same is computed twice: only that is skipped then.
         wanted = longest if again or not self.revisits else 1
-        self.skip_gap = min(wanted, self.skip_gap + 1)
+        self.skip_gap = min(wanted, max(self.skip_gap + 1, int(WIDEN * self.skip_gap)))
 
-    def _longest(self, rate: float | None, longest: int, sigmas: Sequence[float], reach: float = 0.0) -> int:
-        """The longest gap that leaves as much for every gap after it.
+    def _seen(self, errors: Errors) -> Seen | None:
+        """The error of predictions that the next gap is judged by."""
+        error, gap = errors.predicted, errors.gap
+        if error is None:
+            return None
+        if self.revisits:
+            return Seen(error, gap.passed, power=1.0)
+        # Where an error grew more than expected, it is taken to go on so.
+        growth = min(max(error / gap.expected, 1.0), GROWTH) if gap.expected else 1.0
+        return Seen(growth * error, gap.passed, abs(gap.span))
 
-        rate: error for each evaluation of it; reach: in sigma, beyond it the rate says nothing, 0 for no such limit.
-        """
+    def _longest(self, seen: Seen | None, longest: int, sigmas: Sequence[float]) -> int:
+        """The longest gap that leaves as much for every gap after it; one as long as the last may cost more."""
         left, best = len(sigmas) - 1, 1
-        if rate is None:
-            return best
-        for gap in range(2, longest + 1):
-            span = sigmas[0] - sigmas[min(gap, left)]
-            if (rate * gap * span) ** 2 * left / gap <= self.budget and (span <= reach or not reach):
+        for gap in range(2, longest + 1) if seen else ():
+            span = abs(sigmas[0] - sigmas[min(gap, left)])
+            share = gap / left * self.budget * (STAY if gap == self.skip_gap else 1.0)
+            if seen.reaches(span) and (seen.at(gap, span) * span) ** 2 <= share:
                 best = gap
         return best
 
