@@ -5,13 +5,20 @@ Names are those of the functions that samplers run, as in k-diffusion.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import log
 
 # How far a step moves the latent for one unit of the denoised latent of the evaluation before. Given: the step's share
 # of what is left to do, and how far it goes and the one before it went in log sigma.
 PreviousWeight = Callable[[float, float, float], float]
+
+
+# With steps of equal length, solvers that add noise or build on earlier evaluations go so many times as far as Euler.
+FARTHER = 2.0
+# How much longer, in log sigma, a step was at most than the one before it, in schedulers' lists of 20 noise levels.
+UNEVEN = 5.0
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,8 @@ class Solver:
     calls: network calls a step; order: of the solver; noise: fresh noise is added on the way; previous: the weight of
     the previous denoised latent in its step, None where its steps are not known, so that errors of predicted steps
     cannot be corrected; psnr: PSNR in dB that nine of ten pictures exceed whose run has an error of 1 in all, see
-    `controllers.adaptive`: fitted on tuning prompts of three models, at 12 to 50 steps and cfg 1 to 9.
+    `controllers.adaptive`: fitted on tuning prompts of three models, at 12 to 50 steps and cfg 1 to 9; known: its calls
+    and steps are, False for one that is taken for the worst of all.
     """
 
     calls: int = 1
@@ -29,6 +37,7 @@ class Solver:
     noise: bool = False
     previous: PreviousWeight | None = None
     psnr: float = 16.0
+    known: bool = True
 
     @property
     def corrects(self) -> bool:
@@ -40,6 +49,21 @@ class Solver:
         """True when its evaluations lie at the sigmas that it was given, one after the other."""
         return self.calls == 1 and not self.noise
 
+    @property
+    def extrapolates(self) -> bool:
+        """True when it continues differences between earlier evaluations over its steps, in ways not known here."""
+        return self.calls == 1 and self.order > 1 and not self.corrects and not (self.noise and self.known)
+
+    def amplifies(self, sigmas: Sequence[float]) -> float:
+        """How many times as far as Euler's step an error of one evaluation moves the latent at most.
+
+        sigmas: of the run, noisiest first. A polynomial through earlier evaluations multiplies their differences by the
+        ratio of a step to the one before it, once for each order.
+        """
+        if not (self.extrapolates or (self.noise and self.calls == 1)):
+            return 1.0
+        return FARTHER * (unevenness(sigmas) if self.extrapolates else 1.0) ** (self.order - 1)
+
     def step_weights(self, last: float | None, sigma: float, following: float) -> tuple[float, float]:
         """How far a step from `sigma` to `following` moves the latent for one unit of the denoised latent there, and
         for one of that at `last`, the sigma before it (None: there is none)."""
@@ -48,6 +72,14 @@ class Solver:
             return share, 0.0
         before = self.previous(share, log(sigma / following), log(last / sigma))
         return share - before, before
+
+
+def unevenness(sigmas: Sequence[float]) -> float:
+    """How many times as long, in log sigma, a step is at most as the one before it; UNEVEN where that is not known."""
+    falling = [s for s in sigmas if s > 0]
+    lengths = [log(a / b) for a, b in pairwise(falling) if a > b]
+    # The first step of a flow model begins where noise is all there is.
+    return max([1.0, *(b / a for a, b in pairwise(lengths[1:]))]) if len(lengths) > 2 else UNEVEN
 
 
 def _euler(share: float, ahead: float, behind: float) -> float:
@@ -110,12 +142,16 @@ SOLVERS = {
     "sample_exp_heun_2_x0_sde": Solver(calls=2, order=2, noise=True),
 }
 # fmt: on
+# A sampler from elsewhere: known by its evaluations alone.
+UNKNOWN = Solver(order=3, noise=True, known=False)
+# These choose their steps by what the network gives, so that another output means other evaluations.
+ADAPTIVE = ("sample_dpm_adaptive", "dpm_adaptive_function")
 
 
 def find_solver(name: str, churn: float = 0.0) -> Solver | None:
-    """The row of the sampling function `name`; None where the order or number of its calls is not known.
+    """The row of the sampling function `name`, UNKNOWN where there is none; None for one of ADAPTIVE.
 
     churn: s_churn of the sampler; above 0 it adds noise on the way.
     """
-    solver = SOLVERS.get(name)
+    solver = None if name in ADAPTIVE else SOLVERS.get(name, UNKNOWN)
     return replace(solver, noise=True, previous=None, psnr=16.0) if solver and churn > 0 else solver

@@ -73,14 +73,25 @@ class Gap:
 class Errors:
     """Errors of the latent's slope at the end of `gap`, None where unknown.
 
-    predicted: by the forecasts of all signals; reused: by features, for each evaluation of their age; deep: those
-    leave out more than half of a pass.
+    predicted: by the forecasts of all signals; reused: by features, for each evaluation of their age, in steps of
+    `step` in sigma; probed: that was measured, else it is the least that it can be; deep: features leave out more than
+    half of a pass.
     """
 
     gap: Gap
     predicted: float | None = None
     reused: float | None = None
+    step: float = 0.0
+    probed: bool = False
     deep: bool = False
+
+    def of_reuse(self, passed: int, span: float) -> float | None:
+        """The error of features `passed` evaluations old, and `span` in sigma: it grows with both."""
+        steps = span / self.step if self.step > 0 else 0.0
+        return None if self.reused is None else self.reused * max(passed, steps)
+
+
+PROBED = ("step", "probed", "deep")
 
 
 class AdaptiveController:
@@ -93,7 +104,10 @@ class AdaptiveController:
         """settings: with a target that is no less than `floor`."""
         self.high, self.low = settings.window.sigmas(context.percent_to_sigma)
         self.readback = Readback(context.late)
-        self.budget = 10 ** ((context.solver.psnr - settings.target) / 10)  # sum of squared errors still to come
+        # Sum of squared errors still to come, as far as Euler's step would carry them.
+        self.budget = (
+            10 ** ((context.solver.psnr - settings.target) / 10) / context.solver.amplifies(context.sigmas) ** 2
+        )
         self.longest = settings.longest if context.solver.corrects else LONGEST_UNCORRECTED
         self.skip_by = Action.PREDICT if context.predicts else Action.ESTIMATE
         self.revisits = False  # the sampler comes back to a sigma, as those with two calls a step do
@@ -107,6 +121,8 @@ class AdaptiveController:
             return COMPUTE
         if self.last.ordinal == evaluation.ordinal - 1:
             self._choose_gaps(evaluation, self._read(known, signals.probe))
+            if signals.probe:
+                signals.probe.in_vain = self.in_vain
         if evaluation.is_last or not self.low <= evaluation.sigma <= self.high:
             return COMPUTE
         age = evaluation.ordinal - self.last.ordinal
@@ -136,35 +152,38 @@ class AdaptiveController:
     def _begin(self) -> None:
         self.last, self.gap = None, Gap()
         self.skip_gap = self.reuse_gap = 1
+        self.in_vain = False  # nothing will be reused by what is known: no probe is worth its cost
 
     def _read(self, signals: Sequence[Signal], probe: Probe | None) -> Errors:
         """What is known at the end of the last gap."""
-        errors = {"reused": probe.error} if probe and probe.error is not None else {}
+        errors = {"reused": probe.known} if probe and probe.known is not None else {}
         predicted = [s.error for s in signals if s.error is not None]
         if predicted:
             errors = {"predicted": sum(predicted[1:], predicted[0]), **errors}
         if not errors:
             return Errors(self.gap)
-        about = self.gap, tuple(errors), bool(probe and probe.deep)
+        about = self.gap, tuple(errors), (probe.step, probe.error is not None, probe.deep) if probe else ()
         means = torch.stack([error.pow(2).mean().sqrt() for error in errors.values()])
         values, about = self.readback.read(means, about)
         if values is None:
             return Errors(Gap())
-        gap, names, deep = about
-        return Errors(gap, **dict(zip(names, values, strict=True)), deep=deep)
+        gap, names, probed = about
+        return Errors(gap, **dict(zip(names, values, strict=True)), **dict(zip(PROBED, probed, strict=False)))
 
     def _choose_gaps(self, evaluation: Evaluation, errors: Errors) -> None:
         """Set the gaps that begin with the last computed evaluation."""
         assert self.last is not None
         gap = errors.gap
-        spent = errors.reused * gap.passed if gap.reused and errors.reused is not None else errors.predicted
+        spent = errors.of_reuse(gap.passed, gap.span) if gap.reused else errors.predicted
         if gap.passed > 1 and spent is not None:  # a window of a long video may have been away
             self.budget -= (spent * gap.span) ** 2
         sigmas = [self.last.sigma, evaluation.sigma, *evaluation.following]
         self._choose_skipping(errors, sigmas)
         # Skipping the negative pass saves half of what skipping a step does, and less than deep features do.
         better = self.skip_gap == 1 or errors.deep
-        self.reuse_gap = self._longest(errors.reused, LONGEST_REUSE, sigmas) if better else 1
+        affordable = self._longest_reuse(errors, sigmas) if better or not errors.probed else 1
+        self.reuse_gap = affordable if errors.probed else 1
+        self.in_vain = errors.reused is not None and affordable == 1
         longest = max(self.skip_gap, self.reuse_gap)
         self.gap = Gap(expected=errors.predicted and errors.predicted / gap.passed * longest)
 
@@ -184,6 +203,16 @@ class AdaptiveController:
         wanted = longest if again or not self.revisits else 1
         self.skip_gap = min(wanted, self.skip_gap + 1)
 
+    def _longest_reuse(self, errors: Errors, sigmas: Sequence[float]) -> int:
+        """The longest gap that features may fill, see `_longest`."""
+        left, best = len(sigmas) - 1, 1
+        for gap in range(2, min(LONGEST_REUSE, left) + 1):
+            span = sigmas[0] - sigmas[gap]
+            error = errors.of_reuse(gap, span)
+            if error is not None and (error * span) ** 2 * left / gap <= self.budget:
+                best = gap
+        return best
+
     def _longest(self, rate: float | None, longest: int, sigmas: Sequence[float], reach: float = 0.0) -> int:
         """The longest gap that leaves as much for every gap after it.
 
@@ -201,4 +230,4 @@ class AdaptiveController:
 
 def floor(solver: Solver) -> float:
     """The lowest target in dB that is served with `solver`."""
-    return FLOOR if solver.corrects else FLOOR_NOISY if solver.noise else FLOOR_UNCORRECTED
+    return FLOOR if solver.corrects else FLOOR_NOISY if solver.noise and solver.known else FLOOR_UNCORRECTED
