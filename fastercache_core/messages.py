@@ -36,7 +36,11 @@ probed = "features were probed {} times: a computed step was run once more with 
 
 def features_not_reused(were_probed: bool) -> str:
     """Why cached features were never used. were_probed: their error was measured."""
-    reason = "with them the picture would miss the target" if were_probed else "there were too few steps to probe them"
+    reason = (
+        "with them the picture would miss the target"
+        if were_probed
+        else "there are too few steps, or too much changes between them"
+    )
     return f"features were cached but not reused: {reason}"
 
 

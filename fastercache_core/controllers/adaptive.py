@@ -183,7 +183,8 @@ class AdaptiveController:
         better = self.skip_gap == 1 or errors.deep
         affordable = self._longest_reuse(errors, sigmas) if better or not errors.probed else 1
         self.reuse_gap = affordable if errors.probed else 1
-        self.in_vain = errors.reused is not None and affordable == 1
+        # A probe costs what a reused pass does: the first one is run where, at best, features would fill long gaps.
+        self.in_vain = errors.reused is not None and affordable < (2 if errors.probed else LONGEST_REUSE)
         longest = max(self.skip_gap, self.reuse_gap)
         self.gap = Gap(expected=errors.predicted and errors.predicted / gap.passed * longest)
 

@@ -178,7 +178,7 @@ def _served(settings: CacheSettings, solver: Solver, name: str) -> tuple[CacheSe
     """`settings` as far as the solver serves them, with features only where they help, and the notes."""
     controller, note = settings.controller.served(solver, name)
     settings = replace(settings, controller=controller)
-    notes = [note] if note and (settings.difference or settings.output) else []
+    notes = [note] if note and (settings.difference or settings.output or settings.reuse) else []
     if not (controller.corrects and solver.corrects):
         return settings, notes
     if settings.difference:
