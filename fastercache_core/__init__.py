@@ -11,6 +11,7 @@ forecast      how a quantity is carried forward in sigma
 bands         the low and high spatial frequencies of a tensor
 paper_weights  the band weights of CFG-Cache
 solvers       facts about samplers: calls, order, noise, steps
+walk          whether a latent moves as a solver moves it
 corrector     correcting what forecasts got wrong once the next evaluation is computed
 readback      small results of the device, for the host to decide by
 features      parts of the network from the cache, within a memory budget

@@ -41,6 +41,7 @@ class Engine:
         self.probe = Probe() if settings.controller.probes and context.reuses else None
         self.fingerprint: Any = None
         self.used_at, self.computed_at = -1, -1
+        self.before: list[Tensor] = []  # signals of the last computed evaluation, until the first probe
 
     def evaluate(self, pass_: Pass, network: Network) -> Outcome:
         """Denoised latents of all branches of a pass, by running `network` for as few as the controller says."""
@@ -58,6 +59,7 @@ class Engine:
             signal.clear()
         if self.probe:
             self.probe.reset()
+        self.before = []
         self.controller.reset()
         self.correctors.clear()
         self.computed_at = -1
@@ -69,7 +71,7 @@ class Engine:
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
         signals = [t for signal in self._signals() for t in signal.tensors()]
-        return signals + [t for corrector in self.correctors.values() for t in corrector.tensors()]
+        return self.before + signals + [t for corrector in self.correctors.values() for t in corrector.tensors()]
 
     def _forget_if_changed(self, pass_: Pass) -> None:
         if self.fingerprint is not None and pass_.fingerprint != self.fingerprint:
@@ -84,7 +86,8 @@ class Engine:
         return self.controller.choose(pass_.evaluation, self._known(pass_))
 
     def _known(self, pass_: Pass) -> Signals:
-        return Signals(self.output, [self.differences.get(i) for i in pass_.others], self.probe)
+        differences = [self.differences.get(i) for i in pass_.others] if self.settings.difference else []
+        return Signals(self.output, differences, self.probe)
 
     # Act
 
@@ -172,6 +175,7 @@ class Engine:
         if outcome.action is not Action.COMPUTE:
             return
         self.computed_at = pass_.evaluation.ordinal
+        self._compare(outcome, pass_)
         sigma, space, cond = pass_.evaluation.sigma, pass_.space, outcome.outputs[pass_.reference]
         unit = self.controller.unit(pass_, cond)
         if self.output:
@@ -180,6 +184,19 @@ class Engine:
             guided = None if unit is None else unit * self._guidance
             for i in pass_.others:
                 self._difference(i).observe(sigma, space.difference(outcome.outputs[i], cond), guided)
+
+    def _compare(self, outcome: Outcome, pass_: Pass) -> None:
+        """Tell the probe, before its first time, how far the outputs changed: it may not be worth while."""
+        if self.probe is None or self.probe.error is not None:
+            self.before = []
+            return
+        space, cond = pass_.space, outcome.outputs[pass_.reference]
+        now = [space.output(cond), *(space.difference(outcome.outputs[i], cond) for i in pass_.others)]
+        if len(self.before) == len(now):
+            own, *others = [rms(a - b) for a, b in zip(now, self.before, strict=True)]
+            change = sum((self._guidance * other for other in others), own)
+            self.probe.changed(pass_.evaluation, change * space.unit(pass_.x))
+        self.before = now
 
     def _difference(self, index: int) -> Signal:
         if index not in self.differences:

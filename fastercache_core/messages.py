@@ -38,7 +38,11 @@ probed = "features were probed {} times: a computed step was run once more with 
 
 def features_not_reused(were_probed: bool) -> str:
     """Why cached features were never used. were_probed: their error was measured."""
-    reason = "with them the picture would miss the target" if were_probed else "there were too few steps to probe them"
+    reason = (
+        "with them the picture would miss the target"
+        if were_probed
+        else "there are too few steps, or too much changes between them"
+    )
     return f"features were cached but not reused: {reason}"
 
 
@@ -72,7 +76,20 @@ MULTIGPU = "sampling on several GPUs at once is not supported yet: nothing is sk
 NAG = "NAGuidance mixes the branches inside the network and needs both in every pass: nothing is skipped"
 BRANCHES_ONE_BY_ONE = "another node runs the branches one by one: no step is predicted"
 unknown_sampler = "the network calls of sampler {} are not known beforehand: nothing is skipped".format
+unknown_reuses = (
+    "sampler {} is not known here: no step and no negative pass is predicted; features are reused with much reserve, "
+    "as far as their error was measured in this run"
+).format
+sampler_adapts = "sampler {} chooses its steps by what the network gives: nothing is skipped".format
+NO_SIGMAS = "this run's noise levels are not known beforehand: no step and no negative pass is predicted"
+wraps = (
+    "sampler {} hands its work to {} and counts as that, as long as the latent moves as that sampler moves it".format
+)
+not_wrapped = "sampler {} moves the latent in other ways than {}: from there on nothing is skipped".format
 adds_noise = "sampler {} adds noise at every step: no step is predicted".format
+extrapolates = (
+    "sampler {} continues differences between evaluations, and errors with them: the negative pass is always computed"
+).format
 builds_on_differences = "sampler {} builds on differences between evaluations: no step is predicted".format
 
 

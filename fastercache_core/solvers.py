@@ -5,8 +5,9 @@ Names are those of the functions that samplers run, as in k-diffusion.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import log
 
 from .law import Law
@@ -19,13 +20,20 @@ PreviousWeight = Callable[[float, float, float], float]
 EULER, MULTISTEP, UNCORRECTED = (Law(mean, between=3.0, within=5.0) for mean in (33.5, 29.5, 23.5))
 
 
+# With steps of equal length, solvers that add noise or build on earlier evaluations go so many times as far as Euler.
+FARTHER = 2.0
+# How much longer, in log sigma, a step was at most than the one before it, in schedulers' lists of 20 noise levels.
+UNEVEN = 5.0
+
+
 @dataclass(frozen=True)
 class Solver:
     """What is known of a sampler.
 
     calls: network calls a step; order: of the solver; noise: fresh noise is added on the way; previous: the weight of
     the previous denoised latent in its step, None where its steps are not known, so that errors of predicted steps
-    cannot be corrected; law: how the PSNR of a picture follows from the errors of its run.
+    cannot be corrected; law: how the PSNR of a picture follows from the errors of its run; known: its calls and steps
+    are, False for one that is taken for the worst of all.
     """
 
     calls: int = 1
@@ -33,6 +41,7 @@ class Solver:
     noise: bool = False
     previous: PreviousWeight | None = None
     law: Law = UNCORRECTED
+    known: bool = True
 
     @property
     def corrects(self) -> bool:
@@ -44,6 +53,21 @@ class Solver:
         """True when its evaluations lie at the sigmas that it was given, one after the other."""
         return self.calls == 1 and not self.noise
 
+    @property
+    def extrapolates(self) -> bool:
+        """True when it continues differences between earlier evaluations over its steps, in ways not known here."""
+        return self.calls == 1 and self.order > 1 and not self.corrects and not (self.noise and self.known)
+
+    def amplifies(self, sigmas: Sequence[float]) -> float:
+        """How many times as far as Euler's step an error of one evaluation moves the latent at most.
+
+        sigmas: of the run, noisiest first. A polynomial through earlier evaluations multiplies their differences by the
+        ratio of a step to the one before it, once for each order.
+        """
+        if not (self.extrapolates or (self.noise and self.calls == 1)):
+            return 1.0
+        return FARTHER * (unevenness(sigmas) if self.extrapolates else 1.0) ** (self.order - 1)
+
     def step_weights(self, last: float | None, sigma: float, following: float) -> tuple[float, float]:
         """How far a step from `sigma` to `following` moves the latent for one unit of the denoised latent there, and
         for one of that at `last`, the sigma before it (None: there is none)."""
@@ -52,6 +76,14 @@ class Solver:
             return share, 0.0
         before = self.previous(share, log(sigma / following), log(last / sigma))
         return share - before, before
+
+
+def unevenness(sigmas: Sequence[float]) -> float:
+    """How many times as long, in log sigma, a step is at most as the one before it; UNEVEN where that is not known."""
+    falling = [s for s in sigmas if s > 0]
+    lengths = [log(a / b) for a, b in pairwise(falling) if a > b]
+    # The first step of a flow model begins where noise is all there is.
+    return max([1.0, *(b / a for a, b in pairwise(lengths[1:]))]) if len(lengths) > 2 else UNEVEN
 
 
 def _euler(share: float, ahead: float, behind: float) -> float:
@@ -114,12 +146,16 @@ SOLVERS = {
     "sample_exp_heun_2_x0_sde": Solver(calls=2, order=2, noise=True),
 }
 # fmt: on
+# A sampler from elsewhere: known by its evaluations alone.
+UNKNOWN = Solver(order=3, noise=True, known=False)
+# These choose their steps by what the network gives, so that another output means other evaluations.
+ADAPTIVE = ("sample_dpm_adaptive", "dpm_adaptive_function")
 
 
 def find_solver(name: str, churn: float = 0.0) -> Solver | None:
-    """The row of the sampling function `name`; None where the order or number of its calls is not known.
+    """The row of the sampling function `name`, UNKNOWN where there is none; None for one of ADAPTIVE.
 
     churn: s_churn of the sampler; above 0 it adds noise on the way.
     """
-    solver = SOLVERS.get(name)
+    solver = None if name in ADAPTIVE else SOLVERS.get(name, UNKNOWN)
     return replace(solver, noise=True, previous=None, law=UNCORRECTED) if solver and churn > 0 else solver

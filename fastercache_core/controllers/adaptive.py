@@ -32,10 +32,9 @@ LONGEST_REUSE = 3  # the longest gap in which features are reused
 LONGEST_UNCORRECTED = 2  # the longest gap of predictions that are not corrected
 POWER = 2.0  # an error grows with this power of the gap, or of its span where that grew more
 STAY = 4.0  # a gap as long as the last may cost this many times its share: equal gaps are closer than mixed ones
-WIDEN = 1.0
-GREW = 1.0
-LONGEST = 8
-CSHIFT = 0.0
+LONGEST = 8  # the longest gap of predictions
+# A gap grows by one evaluation at a time, or to what spans no more than this part of the noise level.
+SMALL = 0.025
 GROWTH = 3.0  # an error so many times the expected one counts as no larger: it may be a single bad forecast
 
 
@@ -99,14 +98,25 @@ class Seen:
 class Errors:
     """Errors of the latent's slope at the end of `gap`, None where unknown.
 
-    predicted: by the forecasts of all signals; reused: by features, for each evaluation of their age; deep: those
-    leave out more than half of a pass.
+    predicted: by the forecasts of all signals; reused: by features, for each evaluation of their age, in steps of
+    `step` in sigma; probed: that was measured, else it is the least that it can be; deep: features leave out more than
+    half of a pass.
     """
 
     gap: Gap
     predicted: float | None = None
     reused: float | None = None
+    step: float = 0.0
+    probed: bool = False
     deep: bool = False
+
+    def of_reuse(self, passed: int, span: float) -> float | None:
+        """The error of features `passed` evaluations old, and `span` in sigma: it grows with both."""
+        steps = span / self.step if self.step > 0 else 0.0
+        return None if self.reused is None else self.reused * max(passed, steps)
+
+
+PROBED = ("step", "probed", "deep")
 
 
 class AdaptiveController:
@@ -119,9 +129,10 @@ class AdaptiveController:
         """settings: with a target that is no less than `floor`."""
         self.high, self.low = settings.window.sigmas(context.percent_to_sigma)
         self.readback = Readback(context.late)
-        self.budget = context.solver.law.budget(settings.target - CSHIFT)  # sum of squared errors still to come
-        self.spent = 0.0  # and of those that were made
-        self.longest = LONGEST if context.solver.corrects else LONGEST_UNCORRECTED
+        # Sum of squared errors still to come, as far as Euler's step would carry them; and of those that were made.
+        self.carries = context.solver.amplifies(context.sigmas) ** 2
+        self.budget, self.spent = context.solver.law.budget(settings.target) / self.carries, 0.0
+        self.longest = settings.longest if context.solver.corrects else LONGEST_UNCORRECTED
         self.skip_by = Action.PREDICT if context.predicts else Action.ESTIMATE
         self.revisits = False  # the sampler comes back to a sigma, as those with two calls a step do
         self._begin()
@@ -134,6 +145,8 @@ class AdaptiveController:
             return COMPUTE
         if self.last.ordinal == evaluation.ordinal - 1:
             self._choose_gaps(evaluation, self._read(known, signals.probe))
+            if signals.probe:
+                signals.probe.in_vain = self.in_vain
         if evaluation.is_last or not self.low <= evaluation.sigma <= self.high:
             return COMPUTE
         age = evaluation.ordinal - self.last.ordinal
@@ -170,22 +183,23 @@ class AdaptiveController:
     def _begin(self) -> None:
         self.last, self.gap = None, Gap()
         self.skip_gap = self.reuse_gap = 1
+        self.in_vain = False  # nothing will be reused by what is known: no probe is worth its cost
 
     def _read(self, signals: Sequence[Signal], probe: Probe | None) -> Errors:
         """What is known at the end of the last gap."""
-        errors = {"reused": probe.error} if probe and probe.error is not None else {}
+        errors = {"reused": probe.known} if probe and probe.known is not None else {}
         predicted = [s.error for s in signals if s.error is not None]
         if predicted:
             errors = {"predicted": sum(predicted[1:], predicted[0]), **errors}
         if not errors:
             return Errors(self.gap)
-        about = self.gap, tuple(errors), bool(probe and probe.deep)
+        about = self.gap, tuple(errors), (probe.step, probe.error is not None, probe.deep) if probe else ()
         means = torch.stack([error.pow(2).mean().sqrt() for error in errors.values()])
         values, about = self.readback.read(means, about)
         if values is None:
             return Errors(Gap())
-        gap, names, deep = about
-        return Errors(gap, **dict(zip(names, values, strict=True)), deep=deep)
+        gap, names, probed = about
+        return Errors(gap, **dict(zip(names, values, strict=True)), **dict(zip(PROBED, probed, strict=False)))
 
     def _choose_gaps(self, evaluation: Evaluation, errors: Errors) -> None:
         """Set the gaps that begin with the last computed evaluation."""
@@ -196,19 +210,21 @@ class AdaptiveController:
         self._choose_skipping(errors, sigmas)
         # Skipping the negative pass saves half of what skipping a step does, and less than deep features do.
         better = self.skip_gap == 1 or errors.deep
-        reused = Seen(errors.reused, power=1.0) if better and errors.reused is not None else None
-        self.reuse_gap = self._longest(reused, LONGEST_REUSE, sigmas)
+        affordable = self._longest_reuse(errors, sigmas) if better or not errors.probed else 1
+        self.reuse_gap = affordable if errors.probed else 1
+        # A probe costs what a reused pass does: the first one is run where, at best, features would fill long gaps.
+        self.in_vain = errors.reused is not None and affordable < (2 if errors.probed else LONGEST_REUSE)
         longest = max(self.skip_gap, self.reuse_gap)
-        expected = errors.predicted and Seen(errors.predicted, gap.passed, power=GREW).at(longest)
+        expected = errors.predicted and Seen(errors.predicted, gap.passed, power=1.0).at(longest)
         self.gap = Gap(expected=expected)
 
     def _spend(self, errors: Errors) -> None:
         """Take what a gap did from the budget."""
         gap = errors.gap
-        error = errors.reused * gap.passed if gap.reused and errors.reused is not None else errors.predicted
+        error = errors.of_reuse(gap.passed, gap.span) if gap.reused else errors.predicted
         if gap.passed > 1 and error is not None:  # a window of a long video may have been away
             self.budget -= (error * gap.span) ** 2
-            self.spent += (error * gap.span) ** 2
+            self.spent += self.carries * (error * gap.span) ** 2
 
     def _choose_skipping(self, errors: Errors, sigmas: Sequence[float]) -> None:
         """Set the gap of predictions; sigmas: of the last computed evaluation and all later."""
@@ -217,7 +233,8 @@ class AdaptiveController:
         longest = self._longest(self._seen(errors), self.longest, sigmas)
         # Where a sigma was visited just before, nearly the same is computed twice: only that is skipped then.
         wanted = longest if again or not self.revisits else 1
-        self.skip_gap = min(wanted, max(self.skip_gap + 1, int(WIDEN * self.skip_gap)))
+        small = sum(sigmas[0] - sigma <= SMALL * sigmas[0] for sigma in sigmas[1:])
+        self.skip_gap = min(wanted, max(self.skip_gap + 1, small))
 
     def _seen(self, errors: Errors) -> Seen | None:
         """The error of predictions that the next gap is judged by."""
@@ -229,6 +246,17 @@ class AdaptiveController:
         # Where an error grew more than expected, it is taken to go on so.
         growth = min(max(error / gap.expected, 1.0), GROWTH) if gap.expected else 1.0
         return Seen(growth * error, gap.passed, abs(gap.span))
+
+    def _longest_reuse(self, errors: Errors, sigmas: Sequence[float]) -> int:
+        """The longest gap that features may fill, see `_longest`."""
+        left, best = len(sigmas) - 1, 1
+        for gap in range(2, min(LONGEST_REUSE, left) + 1):
+            span = sigmas[0] - sigmas[gap]
+            error = errors.of_reuse(gap, span)
+            if error is not None and (error * span) ** 2 * left / gap <= self.budget:
+                best = gap
+        return best
+
 
     def _longest(self, seen: Seen | None, longest: int, sigmas: Sequence[float]) -> int:
         """The longest gap that leaves as much for every gap after it; one as long as the last may cost more."""
@@ -248,4 +276,4 @@ def _known(signals: Sequence[Signal | None]) -> list[Signal]:
 
 def floor(solver: Solver) -> float:
     """The lowest target in dB that is served with `solver`."""
-    return FLOOR if solver.corrects else FLOOR_NOISY if solver.noise else FLOOR_UNCORRECTED
+    return FLOOR if solver.corrects else FLOOR_NOISY if solver.noise and solver.known else FLOOR_UNCORRECTED

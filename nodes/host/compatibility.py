@@ -10,9 +10,10 @@ from typing import Any
 from comfy.patcher_extension import WrappersMP
 
 from ...fastercache_core import messages
+from ...fastercache_core.clock import knows_grid
 from ...fastercache_core.features.reuse import ReuseSettings
 from ...fastercache_core.settings import CacheSettings
-from ...fastercache_core.solvers import Solver, find_solver
+from ...fastercache_core.solvers import UNKNOWN, Solver, find_solver
 from .families import available, find_family
 from .model_call import uncompiled
 
@@ -33,8 +34,20 @@ class RunSetup:
 
     @cached_property
     def solver(self) -> Solver | None:
-        """What is known of the sampler; None for adaptive step sizes and for samplers from elsewhere."""
-        return find_solver(self.sampler_name, getattr(self.sampler, "extra_options", {}).get("s_churn", 0.0))
+        """What is known of the sampler, or of the one that it wraps; None where its steps depend on the network."""
+        solver = solver_of(self.sampler)
+        if solver and not knows_grid(self.sigmas):
+            return UNKNOWN
+        return solver_of(self.wrapped) if self.wrapped else solver
+
+    @cached_property
+    def wrapped(self) -> Any | None:
+        """The SAMPLER that an unknown one hands its work to, if its steps are known well enough to be watched."""
+        if solver_of(self.sampler) is not UNKNOWN or not knows_grid(self.sigmas):
+            return None
+        inner = wrapped_sampler(self.sampler)
+        solver = solver_of(inner) if inner else None
+        return inner if solver and solver.corrects else None
 
     @property
     def cfg(self) -> float | None:
@@ -59,6 +72,24 @@ def sampler_name(sampler: Any) -> str:
     return getattr(getattr(sampler, "sampler_function", None), "__name__", type(sampler).__name__)
 
 
+def solver_of(sampler: Any) -> Solver | None:
+    """What is known of a SAMPLER object's own function, see `find_solver`."""
+    return find_solver(sampler_name(sampler), options_of(sampler).get("s_churn", 0.0))
+
+
+def options_of(sampler: Any) -> dict[str, Any]:
+    """What a SAMPLER object's function gets beside its usual arguments."""
+    return getattr(sampler, "extra_options", {})
+
+
+def wrapped_sampler(sampler: Any) -> Any | None:
+    """The one SAMPLER object that another one holds, in its options or in its function's closure; else None."""
+    cells = getattr(getattr(sampler, "sampler_function", None), "__closure__", None) or ()
+    held = [*options_of(sampler).values(), *(cell.cell_contents for cell in cells)]
+    inner = [value for value in held if hasattr(value, "sampler_function")]
+    return inner[0] if len(inner) == 1 else None
+
+
 def compatible(settings: CacheSettings, setup: RunSetup) -> tuple[CacheSettings, list[str]]:
     """`settings` without what cannot work in a run, and the reasons."""
     reasons = refusals(settings, setup)
@@ -76,13 +107,13 @@ def compatible(settings: CacheSettings, setup: RunSetup) -> tuple[CacheSettings,
 def refusals(settings: CacheSettings, setup: RunSetup) -> dict[str, str]:
     """Parts of `settings` (names of fields) that must not run, with the reason of each."""
     wanted = [name for name in ("output", "difference", "reuse") if getattr(settings, name) is not None]
-    reason = _no_caching(setup)
+    reason = _no_caching(settings, setup)
     if reason:
         return dict.fromkeys(wanted, reason)
     corrected = bool(setup.solver and setup.solver.corrects) and settings.controller.corrects
     checks: dict[str, Callable[[], str | None]] = {
         "output": lambda: _no_prediction(setup, corrected),
-        "difference": lambda: None,
+        "difference": lambda: _no_estimate(settings, setup),
         "reuse": lambda: _no_features(settings.reuse, setup),
     }
     return {name: reason for name in wanted if (reason := checks[name]())}
@@ -94,7 +125,7 @@ def is_compiled(model: Any) -> bool:
     return bool(wrapped) or any(hasattr(patch, "_orig_mod") for patch in model.object_patches.values())
 
 
-def _no_caching(setup: RunSetup) -> str | None:
+def _no_caching(settings: CacheSettings, setup: RunSetup) -> str | None:
     options = setup.guider.model_options
     transformer_options = options.get("transformer_options", {})
     if "easycache" in transformer_options:
@@ -104,11 +135,17 @@ def _no_caching(setup: RunSetup) -> str | None:
     patches = transformer_options.get("patches", {}).get("attn1_output_patch", [])
     if any("NAGuidance" in getattr(patch, "__qualname__", "") for patch in patches):
         return messages.NAG
-    return None if setup.solver else messages.unknown_sampler(setup.sampler_name)
+    if setup.solver is None:
+        return messages.sampler_adapts(setup.sampler_name)
+    if setup.solver.known or (settings.controller.probes and settings.reuse):
+        return None
+    return messages.unknown_sampler(setup.sampler_name) if knows_grid(setup.sigmas) else messages.NO_SIGMAS
 
 
 def _no_prediction(setup: RunSetup, corrected: bool) -> str | None:
     solver, name = setup.solver, setup.sampler_name
+    if solver and not solver.known:
+        return _not_known(setup)
     if "sampler_calc_cond_batch_function" in setup.guider.model_options:
         return messages.BRANCHES_ONE_BY_ONE
     if solver and solver.noise:
@@ -116,6 +153,19 @@ def _no_prediction(setup: RunSetup, corrected: bool) -> str | None:
     if solver and (solver.calls > 1 or solver.order > 1) and not corrected:
         return messages.builds_on_differences(name)
     return None
+
+
+def _no_estimate(settings: CacheSettings, setup: RunSetup) -> str | None:
+    solver = setup.solver
+    if solver and not solver.known:
+        return _not_known(setup)
+    if solver and settings.controller.probes and solver.extrapolates and solver.order > 2:
+        return messages.extrapolates(setup.sampler_name)
+    return None
+
+
+def _not_known(setup: RunSetup) -> str:
+    return messages.unknown_reuses(setup.sampler_name) if knows_grid(setup.sigmas) else messages.NO_SIGMAS
 
 
 def _no_features(reuse: ReuseSettings | None, setup: RunSetup) -> str | None:
@@ -128,7 +178,7 @@ def _served(settings: CacheSettings, solver: Solver, name: str) -> tuple[CacheSe
     """`settings` as far as the solver serves them, with features only where they help, and the notes."""
     controller, note = settings.controller.served(solver, name)
     settings = replace(settings, controller=controller)
-    notes = [note] if note and (settings.difference or settings.output) else []
+    notes = [note] if note and (settings.difference or settings.output or settings.reuse) else []
     if not (controller.corrects and solver.corrects):
         return settings, notes
     if settings.difference:

@@ -27,7 +27,7 @@ CFG_PP, CFG_PP_MOST = "_cfg_pp", 1.5
 
 def planned(settings: CacheSettings, setup: RunSetup) -> tuple[CacheSettings, list[str]]:
     """`settings` with a plan that serves a run, without features where it takes none, and the notes."""
-    if setup.solver is None:
+    if setup.solver is None or not setup.solver.known:
         return settings, []
     if isinstance(settings.controller, MixSettings):
         return _mixing(settings, settings.controller, setup)

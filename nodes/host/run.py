@@ -22,7 +22,8 @@ from ...fastercache_core.protocols import Observer, Pass, RunContext
 from ...fastercache_core.report import EvaluationRecord, RunReport
 from ...fastercache_core.settings import CacheSettings
 from ...fastercache_core.solvers import Solver
-from .compatibility import RunSetup, compatible, is_compiled
+from ...fastercache_core.walk import Walk
+from .compatibility import RunSetup, compatible, is_compiled, sampler_name
 from .conditioning import Window, active_branches, branch_name, fingerprint, reference_branch, window_of
 from .feature_pass import FeaturePass
 from .learning import law_of
@@ -64,6 +65,7 @@ class CacheRun:
         for note in (*reasons, *notes):
             self.report.note(note)
         self.context = self._context()
+        self.walk = self._walk()
         self.features = self._features()
         self.space = SlopeSpace if settings.controller.holds_slope else OutputSpace
         self.clock = Clock(setup.sigmas)
@@ -74,9 +76,11 @@ class CacheRun:
         self.record: EvaluationRecord | None = None
         self.full_rows, self.probes = 0, 0
 
-    def begin(self, timestep: torch.Tensor) -> None:
-        """A new evaluation starts; timestep: [batch] sigmas."""
+    def begin(self, x: torch.Tensor, timestep: torch.Tensor) -> None:
+        """A new evaluation starts at latent `x` [batch, ...]; timestep: [batch] sigmas."""
         self._close_evaluation()
+        if self.walk and not self.walk.follows(x):
+            self._stand_down()
         sigma = self._sigma(timestep)
         self.evaluation = self.clock.tick(sigma)
         self.record = EvaluationRecord(self.evaluation.ordinal, sigma, {})
@@ -87,6 +91,8 @@ class CacheRun:
 
     def done(self, x: torch.Tensor, denoised: torch.Tensor) -> None:
         """The evaluation at latent `x` gave the guided `denoised`, both [batch, ...]."""
+        if self.walk:
+            self.walk.took(denoised)
         if self.observer and self.evaluation:
             self.observer.done(self.evaluation, x, denoised)
 
@@ -133,7 +139,7 @@ class CacheRun:
         if not self._lost:
             self._explain(reuses)
         self.report.seconds = time.perf_counter() - self.started
-        self.regions, self.features, self.observer = {}, None, None
+        self.regions, self.features, self.observer, self.walk = {}, None, None, None
 
     def _context(self) -> RunContext:
         setup, settings, sampling = self.setup, self.settings, self.setup.model_sampling
@@ -157,6 +163,19 @@ class CacheRun:
         solver = self.setup.solver or Solver()
         adaptive = isinstance(self.settings.controller, AdaptiveSettings)
         return replace(solver, law=law_of(self.setup, self.report)) if adaptive else solver
+
+    def _walk(self) -> Walk | None:
+        """What watches a sampler that counts as the one it wraps, None for others."""
+        if not (self.setup.wrapped and self.settings.output):
+            return None
+        self.report.note(messages.wraps(self.setup.sampler_name, sampler_name(self.setup.wrapped)))
+        return Walk(self.context.solver, self.setup.sigmas)
+
+    def _stand_down(self) -> None:
+        """The sampler is not what it was taken for: compute everything from here on."""
+        self.report.note(messages.not_wrapped(self.setup.sampler_name, sampler_name(self.setup.wrapped)))
+        self.settings = replace(self.settings, output=None, difference=None, reuse=None)
+        self.context, self.walk, self.regions, self.features = self._context(), None, {}, None
 
     def _features(self) -> FeaturePass | None:
         """What reuses features in this run, None when nothing does."""

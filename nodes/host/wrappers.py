@@ -86,7 +86,7 @@ def predict_noise(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     run = _run_of(args[2] if len(args) > 2 else kwargs["model_options"])
     if run is None:
         return executor(*args, **kwargs)
-    run.begin(args[1])
+    run.begin(args[0], args[1])
     denoised = executor(*args, **kwargs)
     run.done(args[0], denoised)
     return denoised

@@ -423,6 +423,38 @@ def test_features_are_probed_more_and_more_seldom() -> None:
     assert not probe.deep
 
 
+def test_where_steps_grow_features_are_probed_again_and_trusted_less() -> None:
+    """Features that were a step of 0.02 old say nothing of steps of 0.1."""
+    grid = [*(1 - 0.02 * i for i in range(11)), *(0.8 - 0.1 * i for i in range(1, 8)), 0.0]
+    probe, clock = Probe(), Clock(grid)
+    due = []
+    for sigma in clock.grid[:12]:
+        evaluation = clock.tick(sigma)
+        if probe.due(evaluation):
+            due.append(evaluation.ordinal)
+            probe.observe(evaluation, torch.tensor([0.2]), 1, True)
+    assert due == [0, WAIT, 10], "where the step is five times as long"
+    small = probed(0.05)
+    small.step = 0.02
+    letters = sample(None, 36, UNCORRECTED, probe=small, sigmas=grid)
+    assert "R" in letters[:10] and "R" not in letters[11:]
+
+
+def test_no_probe_is_paid_for_where_the_output_changes_too_much_or_features_were_too_bad() -> None:
+    for unlikely in (True, False):
+        chooses, clock, probe = controller(42.0, UNCORRECTED), Clock(grids.even(20)), Probe()
+        first, second = clock.tick(clock.grid[0]), clock.tick(clock.grid[1])
+        chooses.took(first, Action.COMPUTE)
+        probe.changed(first, torch.tensor([50.0 if unlikely else 0.01]))
+        chooses.choose(second, Signals(None, [], probe))
+        assert probe.due(second) is not unlikely
+        probe.observe(second, torch.tensor([5.0]), 1, True)
+        chooses.took(second, Action.COMPUTE)
+        third = [clock.tick(sigma) for sigma in clock.grid[2:12]]
+        chooses.choose(third[0], Signals(None, [], probe))
+        assert not any(probe.due(evaluation) for evaluation in third)
+
+
 def test_the_last_evaluation_is_never_probed_and_a_reset_probes_at_once() -> None:
     clock, probe = Clock([1.0, 0.5, 0.0]), probed(0.1)
     first, last = clock.tick(1.0), clock.tick(0.5)

@@ -76,5 +76,35 @@ def test_unusual_grids_give_finite_steps_and_progress(grid: list[float]) -> None
     assert evaluations(grid, grid[:-1])[-1].ordinal == len(grid) - 2
 
 
+NOT_KNOWN = [[0.0, 0.0], [], [1.0], [0.0]]
+
+
+@pytest.mark.parametrize("handed", NOT_KNOWN)
+def test_without_noise_levels_of_the_run_the_steps_to_come_are_taken_to_be_as_long_as_the_last(
+    handed: list[float],
+) -> None:
+    seen = evaluations(handed, [1.0, 0.9, 0.8])
+    assert [e.sigma for e in seen] == [1.0, 0.9, 0.8] and seen[0].is_last and not seen[2].is_last
+    assert seen[2].step == pytest.approx(0.1) and seen[2].following[-1] == 0.0
+    assert list(seen[2].following) == pytest.approx([0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+
+
+@pytest.mark.parametrize("name", ["even", "simple, shift 3", "simple, shift 8"])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_without_noise_levels_the_last_evaluation_is_never_taken_for_another(name: str, calls: int) -> None:
+    grid = {"even": grids.even(20), "simple, shift 3": grids.simple(20, 3), "simple, shift 8": grids.simple(20, 8)}[
+        name
+    ]
+    asked = [sigma - (sigma - following) * i / calls for sigma, following in pairwise(grid) for i in range(calls)]
+    seen = evaluations([0.0, 0.0], asked)
+    assert seen[-1].is_last and sum(not e.is_last for e in seen) > len(seen) / 2
+
+
+@pytest.mark.parametrize("asked", [[0.5, 0.5, 0.7, 0.2], [0.0, 0.0], [1e-9, 0.5, 1e-12]])
+def test_without_noise_levels_odd_evaluations_are_harmless(asked: list[float]) -> None:
+    for e in evaluations([0.0, 0.0], asked):
+        assert math.isfinite(e.step) and e.following and len(e.following) < 2000
+
+
 def test_a_window_has_the_sigmas_of_its_ends() -> None:
     assert Window(0.25, 0.75).sigmas(lambda percent: 1 - percent) == (0.75, 0.25)

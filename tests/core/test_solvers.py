@@ -5,7 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from fastercache_core.solvers import SOLVERS, Solver, find_solver
+from fastercache_core.solvers import SOLVERS, UNKNOWN, Solver, find_solver, unevenness
+from support import grids
 from support.samplers import SAMPLERS
 
 SIGMAS = [0.97, 0.83, 0.7, 0.52, 0.31, 0.12, 0.0]
@@ -82,8 +83,27 @@ def test_only_samplers_with_one_call_a_step_and_no_noise_walk_the_grid() -> None
     assert not walks & {"sample_heun", "sample_euler_ancestral", "sample_dpmpp_sde"}
 
 
-def test_a_sampler_that_is_not_in_the_table_is_not_known() -> None:
-    assert find_solver("sample_dpm_adaptive") is None and find_solver("sample_someone_elses") is None
+def test_a_sampler_that_is_not_in_the_table_is_taken_for_the_worst_of_it() -> None:
+    assert find_solver("sample_dpm_adaptive") is None and find_solver("sample_someone_elses") is UNKNOWN
+    assert not (UNKNOWN.known or UNKNOWN.corrects or UNKNOWN.walks_grid)
+    for sigmas in ((), (0.0, 0.0), grids.even(20), grids.simple(20, 8.0)):
+        assert UNKNOWN.amplifies(sigmas) >= max(s.amplifies(sigmas) for s in SOLVERS.values() if s.order < 4)
+
+
+def test_multistep_solvers_multiply_errors_where_steps_grow() -> None:
+    smooth = [2.0**-i for i in range(8)]
+    jump = [*smooth, smooth[-1] / 2**4, 0.0]
+    for name, order in (("sample_unipc", 3), ("sample_deis", 3), ("sample_lms", 4), ("sample_gradient_estimation", 2)):
+        assert find_solver(name).amplifies(smooth) == pytest.approx(2.0)
+        assert find_solver(name).amplifies(jump) == pytest.approx(2 * 4.0 ** (order - 1))
+    for name in ("sample_euler", "sample_dpmpp_2m", "sample_heun"):
+        assert SOLVERS[name].amplifies(jump) == 1.0, "of first order, corrected, or begun anew with every step"
+    assert SOLVERS["sample_euler_ancestral"].amplifies(jump) == SOLVERS["sample_er_sde"].amplifies(jump) == 2.0
+
+
+def test_steps_that_are_not_known_are_taken_to_be_uneven() -> None:
+    assert unevenness([]) == unevenness([0.0, 0.0]) == unevenness([0.5]) > 2
+    assert unevenness([0.5, 0.5, 0.7, 0.3, 0.0]) >= 1
 
 
 def test_churn_adds_noise_and_takes_corrections_away() -> None:
