@@ -41,7 +41,8 @@ class Step:
     """What one evaluation does.
 
     cost: what it computes over what COMPUTE computes; mix: lambda of MIX; cond, difference: weights of the last
-    computed values, newest first, that predict the conditional output and uncond - cond. Empty: the run's own forecast.
+    computed values, newest first, of each its bands, that predict the conditional output and uncond - cond, or, where
+    these are computed, correct them. Empty: the run's own forecast, and no correction.
     """
 
     action: Action
@@ -49,6 +50,11 @@ class Step:
     mix: float = 1.0
     cond: tuple[float, ...] = ()
     difference: tuple[float, ...] = ()
+
+    @property
+    def weighs(self) -> bool:
+        """True when it brings its own weights."""
+        return bool(self.cond or self.difference)
 
 
 COMPUTE = Step(Action.COMPUTE, 1.0)

@@ -51,7 +51,7 @@ class Engine:
         step = self._decide(pass_)
         outcome = self._act(step, pass_, network)
         self._observe(outcome, pass_)
-        return self._correct(outcome, pass_)
+        return self._correct(step, outcome, pass_)
 
     def reset(self) -> None:
         """Forget everything, so that the next evaluation is computed."""
@@ -214,8 +214,12 @@ class Engine:
 
     # Correct
 
-    def _correct(self, outcome: Outcome, pass_: Pass) -> Outcome:
+    def _correct(self, step: Step, outcome: Outcome, pass_: Pass) -> Outcome:
         """What forecasts before this evaluation got wrong is taken back by what the sampler gets now."""
+        if step.action is outcome.action is Action.COMPUTE:
+            step = self._with_weights(step, pass_, outcome.outputs)
+            if step.weighs:
+                return replace(outcome, outputs=self._fill(step, pass_))
         if not (self.corrects and pass_.has_reference):
             return outcome
         shifts = self._shifts(outcome, pass_)

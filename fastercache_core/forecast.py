@@ -1,6 +1,7 @@
 """How a quantity is carried forward in sigma, from its last computed values.
 
 polynomial  through the last one, two or three values (hold, linear, quadratic), or a blend of these
+weighed     by the weights of a policy, for every value and band
 fitted      hold + g1 * (linear - hold) + g2 * (quadratic - linear), with gains fitted during the run
 hedged      between the fitted polynomial and the last value, in inverse proportion to their errors
 
@@ -33,16 +34,20 @@ REACH, REACH_LATENT = 2.0, 4.01
 # Of the fading seen from one computed value to the next, a forecast takes on this part: what merely changed looks like
 # fading, too. At least LEAST of a value is left where the next one is computed.
 FADES, LEAST = 0.5, 1e-3
+# Values that the weights of a policy see, and upper edges of their bands but the last (see `bands.split`).
+KEPT, WEIGHED_EDGES = 8, (0.08, 0.2, 0.35)
+BANDS = len(WEIGHED_EDGES) + 1
 
 
 class Forecaster(Protocol):
     """Carries one quantity forward during one run of one region.
 
-    in_bands: True when it follows frequency bands one by one; depth: how many values it uses; nodes: sigmas of the
-    values it holds, newest first.
+    in_bands: True when it follows frequency bands one by one; per_value: weights that each value takes; depth: how many
+    values it uses; nodes: sigmas of the values it holds, newest first.
     """
 
     in_bands: ClassVar[bool]
+    per_value: ClassVar[int]
     depth: int
     nodes: list[float]
 
@@ -63,7 +68,7 @@ class Forecaster(Protocol):
         """
 
     def values(self) -> list[Tensor]:
-        """The values [batch, ...] at `nodes`."""
+        """The values [bands, batch, ...] at `nodes`."""
 
     def clear(self) -> None:
         """Forget everything."""
@@ -76,6 +81,7 @@ class Polynomial:
     """A blend of interpolation polynomials in sigma through the last values, one product over all that is held."""
 
     in_bands: ClassVar[bool] = False
+    per_value: ClassVar[int] = 1
 
     def __init__(self, orders: Mapping[int, float], edges: Sequence[float] = ()) -> None:
         """orders: {order: share}, shares summing to 1; edges: see `bands.split`, none for one band."""
@@ -103,7 +109,7 @@ class Polynomial:
 
     def values(self) -> list[Tensor]:
         """See Forecaster."""
-        return [bands.sum(0) for bands in self._stack] if self.nodes else []
+        return list(self._stack) if self.nodes else []
 
     def clear(self) -> None:
         """See Forecaster."""
@@ -150,6 +156,21 @@ class Polynomial:
     def _given(self, values: Sequence[float]) -> Tensor:
         padded = [*values, *[0.0] * (len(self.nodes) - len(values))]
         return tensor_like(padded, self._sums).expand(1, self._stack.shape[1], -1)
+
+
+class Weighed(Polynomial):
+    """More values than a polynomial passes through, in bands, for weights that a policy brings."""
+
+    in_bands: ClassVar[bool] = True
+    per_value: ClassVar[int] = BANDS
+
+    def __init__(self) -> None:
+        super().__init__({2: 1.0}, WEIGHED_EDGES)
+        self.depth = KEPT
+
+    def _given(self, values: Sequence[float]) -> Tensor:
+        given = tensor_like(values, self._sums).reshape(1, -1, BANDS).mT
+        return torch.nn.functional.pad(given, (0, len(self.nodes) - given.shape[-1]))
 
 
 @dataclass
@@ -282,6 +303,8 @@ def make_forecaster(name: str, edges: Sequence[float], weighs_bands: bool = Fals
     """The forecaster `name`, one of FORECASTERS. weighs_bands: the caller gives the bands their own weights."""
     if name == "fitted":
         return Fitted(edges)
+    if name == "weighed":
+        return Weighed()
     if name == "hedged":
         return Hedged(edges)
     return Polynomial(ORDERS[name], edges if weighs_bands else ())

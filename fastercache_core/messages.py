@@ -138,6 +138,20 @@ frdiff_multistep = (
 ).format
 
 
+uses_found = (
+    "uses the policy that FasterCache Auto-FR found for this model, sampler and steps on {}: {}, {:.1%} error of the "
+    "latent (switch found_policy off to decide anew)"
+).format
+found_unreadable = "the policy that was found for this model cannot be used: {}".format
+keeps_found = (
+    "Kept in {}: FasterCache and FasterCache KSampler use it by themselves for this model, sampler, steps and cfg."
+).format
+policy_would_help = (
+    "with so few steps a policy skips more at the same closeness: FasterCache Auto-FR finds one for this model, "
+    "sampler and steps, once, in about the time of {} pictures, and it is then used here by itself"
+).format
+
+
 # Features
 
 PASS_DIFFERS = "a pass called attention in another order than the one before it: it was computed again in full"

@@ -155,7 +155,8 @@ class ControllerSettings(Protocol):
     corrects: errors of predicted steps are corrected where the solver allows it. probes: features are probed, and
     reused by their error up to `longest_reuse` evaluations on (None: up to their own interval). reference_only: beside
     estimated branches only the reference uses features. holds_slope: signals are slopes, not the network's outputs.
-    uses_errors: nothing is skipped before forecasts are good enough.
+    uses_errors: nothing is skipped before forecasts are good enough. weighs: its steps may bring weights, which correct
+    errors by themselves.
     """
 
     @property
@@ -170,6 +171,8 @@ class ControllerSettings(Protocol):
     def holds_slope(self) -> bool: ...
     @property
     def uses_errors(self) -> bool: ...
+    @property
+    def weighs(self) -> bool: ...
 
     def served(self, solver: Solver, sampler: str) -> tuple[ControllerSettings, str | None]:
         """The same as far as `solver`, of the `sampler` of this name, serves it, and a note where it does not."""
@@ -185,7 +188,8 @@ class Observer(Protocol):
         """An evaluation begins; returns the network to run it with."""
 
     def weigh(self, step: Step, pass_: Pass, signals: Signals, outputs: Sequence[Tensor]) -> Step:
-        """`step` with the weights to predict with. outputs: denoised, of what has run already, else empty."""
+        """`step` with the weights to predict with, or to correct what was computed. outputs: denoised, of what has run
+        already, else empty."""
 
     def after(self, pass_: Pass, action: Action, outputs: Sequence[Tensor]) -> None:
         """An evaluation took `action` and gave denoised `outputs`."""

@@ -16,7 +16,7 @@ class CacheSettings:
 
     difference: how branches are estimated from the conditional one (CFG-Cache); output: how the conditional output is
     predicted; reuse: which features are reused. None turns each of them off. learn: sample in full as well, and learn
-    what errors mean on this model.
+    what errors mean on this model. found: follow a policy that was found for exactly this run, if there is one.
     """
 
     label: str
@@ -25,3 +25,4 @@ class CacheSettings:
     output: OutputSettings | None = None
     reuse: ReuseSettings | None = None
     learn: bool = False
+    found: bool = False

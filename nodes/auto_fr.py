@@ -9,10 +9,12 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
+from ..fastercache_core import messages
 from ..fastercache_core.calibration import gradient, search
 from ..fastercache_core.calibration.policy import Policy
 from .drawing import GRID, Canvas
 from .host.calibrate import CalibrationError, Sampling, Search, find_policy
+from .host.found import keep
 from .inputs import denoise_input, model_input, prompt_inputs, sampler_inputs
 from .policy import CachePolicy, summary
 from .schema import choice, schema, wrong
@@ -67,7 +69,7 @@ class FasterCacheAutoFR(io.ComfyNode):
             policy = find_policy(model, sampling, inputs["budget"], METHODS[method], features)
         except CalibrationError as error:
             raise wrong(cls, f"{error}.") from error
-        return io.NodeOutput(policy, text(policy), curve(policy))
+        return io.NodeOutput(policy, f"{text(policy)}\n\n{messages.keeps_found(keep(policy))}", curve(policy))
 
 
 def text(policy: Policy) -> str:

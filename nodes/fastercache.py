@@ -53,12 +53,14 @@ def preset_inputs() -> list[io.Input]:
     preset = "Closeness to full sampling: exact-looking 50 dB PSNR, balanced 42, fast 36 (small changes)."
     closeness = "Target PSNR to full sampling in dB, in place of the preset's. 0 = as the preset says."
     learn = "Sample in full as well, and learn from both what may be skipped on this model. Slower."
+    found = "Use a policy that Auto-FR found for exactly this model, sampler and steps (targets up to 42 dB)."
     return [
         io.Combo.Input("preset", options=list(PRESETS), default="balanced", tooltip=preset),
         advanced(io.Float.Input("closeness", default=0.0, min=0.0, max=80.0, step=1.0, tooltip=closeness)),
         *window_inputs(),
         *feature_inputs(),
         advanced(io.Boolean.Input("learn", default=False, optional=True, tooltip=learn)),
+        advanced(io.Boolean.Input("found_policy", default=True, optional=True, tooltip=found)),
     ]
 
 
@@ -69,7 +71,15 @@ def with_preset(node: Node, model: ModelPatcher, inputs: Inputs) -> ModelPatcher
     if closeness and isinstance(settings.controller, AdaptiveSettings):
         settings = automatic(f"{closeness:g} dB", closeness, span)
     reuse = feature_settings(node, inputs, settings.reuse, span)
-    return attach(model, replace(settings, reuse=reuse, learn=inputs.get("learn", False)), node.hidden.unique_id)
+    learn = inputs.get("learn", False)
+    found = inputs.get("found_policy", True) and not learn and span == Window() and takes_found(settings)
+    return attach(model, replace(settings, reuse=reuse, learn=learn, found=found), node.hidden.unique_id)
+
+
+def takes_found(settings: CacheSettings) -> bool:
+    """True where a policy of unknown closeness may decide in place of the settings' own target."""
+    controller = settings.controller
+    return isinstance(controller, AdaptiveSettings) and controller.target <= CLOSENESS["balanced"]
 
 
 class FasterCache(io.ComfyNode):

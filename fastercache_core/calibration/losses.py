@@ -23,12 +23,15 @@ from torch import Tensor
 from ..actions import COMPUTE, COSTS, Action, Step
 from ..clock import Evaluation
 from ..forecast import PRIOR, lagrange, spread, term_weights
+from ..solvers import Solver
 from .policy import DEPTH
 
 # The most evaluations from one computed one to the next.
 GAP = 6
-# Weight of the ridge prior, the weights of a polynomial, relative to the energy of the values.
-RIDGE = 1e-3
+# Weight of the ridge prior, the weights of a polynomial, relative to the energy of each value.
+RIDGE = 1e-4
+# Of the squared error of a gap: what the network makes of it where it is computed next, before that is taken back.
+SEEN = 0.3
 # Units of cost of COMPUTE where features may be reused: costs are rounded to one of them.
 REUSE_UNITS = 20
 # Lambda of MIX; beyond, it hardly differs from PREDICT or REUSE.
@@ -46,14 +49,15 @@ T = TypeVar("T")
 class Reference:
     """Full sampling of one batch, evaluation by evaluation.
 
-    Lists with one entry an evaluation: sigma; step, the distance in sigma to the next; gain, by which an error of the
-    output changes the slope of the latent; and tensors [batch, elements] (see `subsample`): x, the latent; slope,
-    (x - denoised) / sigma; cond and difference (uncond - cond) in output space. reused: {(last computed, ordinal):
-    guided output with its features}, empty where that was not measured; reuse_cost: what such a pass computes over
-    what COMPUTE computes.
+    solver: what is known of the sampler. Lists with one entry an evaluation: sigma; step, the distance in sigma to the
+    next; gain, by which an error of the output changes the slope of the latent; and tensors [batch, elements] (see
+    `subsample`): x, the latent; slope, (x - denoised) / sigma; cond and difference (uncond - cond) in output space.
+    reused: {(last computed, ordinal): guided output with its features}, empty where that was not measured; reuse_cost:
+    what such a pass computes over what COMPUTE computes.
     """
 
     guidance_scale: float
+    solver: Solver = Solver()
     sigmas: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
     gains: list[float] = field(default_factory=list)
@@ -91,18 +95,29 @@ class Reference:
         guided = cond if difference is None else cond + (1 - self.guidance_scale) * difference
         return subsample(guided)
 
-    def target(self, ordinal: int, x: Tensor, skip: Tensor, scale: float) -> Tensor:
-        """The guided output [batch, elements] at `ordinal` that leads a first-order sampler from `x` back to the latent
-        of this run. x, skip: [batch, ...] with denoised = skip + scale * output."""
-        here = subsample(x)
-        drift = (here - self.x[ordinal]) / self.steps[ordinal]
-        denoised = here - self.sigmas[ordinal] * (self.slope[ordinal] + drift)
-        return (denoised - subsample(skip)) / scale
+    def target(self, ordinal: int, x: Tensor, skip: Tensor, scale: float, strayed: Tensor | None = None) -> Tensor:
+        """The guided output [batch, elements] at `ordinal` that leads the sampler from `x` back to the latent of this
+        run. x, skip: [batch, ...] with denoised = skip + scale * output; strayed: how far the denoised latent of the
+        evaluation before was from that of this run, [batch, elements]."""
+        sigma, (weight, before) = self.sigmas[ordinal], self.step_weights(ordinal)
+        drift = (subsample(x) - self.x[ordinal]) * ((sigma - self.steps[ordinal]) / sigma)
+        if strayed is not None:
+            drift = drift + before * strayed
+        return (self.denoised(ordinal) - drift / weight - subsample(skip)) / scale
+
+    def denoised(self, ordinal: int) -> Tensor:
+        """The guided denoised latent [batch, elements] of an evaluation."""
+        return self.x[ordinal] - self.slope[ordinal] * self.sigmas[ordinal]
+
+    def step_weights(self, ordinal: int) -> tuple[float, float]:
+        """See Solver.step_weights, of the step after an evaluation."""
+        sigma, last = self.sigmas[ordinal], self.sigmas[ordinal - 1] if ordinal else None
+        return self.solver.step_weights(last, sigma, sigma - self.steps[ordinal])
 
     @property
     def final(self) -> Tensor:
         """The denoised latent [batch, elements] of the last evaluation."""
-        return self.x[-1] - self.slope[-1] * self.sigmas[-1]
+        return self.denoised(-1)
 
     def products(self) -> np.ndarray:
         """Mean products [k, k] of all values: n conditional outputs, n guided differences, reused outputs."""
@@ -138,7 +153,13 @@ class Losses:
         self.sigmas = reference.sigmas
         self.count = len(self.sigmas)
         self.products = reference.products()
-        self.effects = [step * gain for step, gain in zip(reference.steps, reference.gains, strict=True)]
+        self.corrects = reference.solver.corrects
+        steps = [reference.step_weights(m) for m in range(self.count)]
+        own = zip(steps, self.sigmas, reference.gains, strict=True)
+        self.effects = [weight * sigma * gain for (weight, _), sigma, gain in own]
+        # What an error does in all, the next step included, over what it does in its own step.
+        following = [*(before for _, before in steps[1:]), 0.0]
+        self.echoes = [1 + before / (weight or 1.0) for (weight, _), before in zip(steps, following, strict=True)]
         self.forecasts = tuple(forecasts)
         self.reused = {pair: 2 * self.count + i for i, pair in enumerate(reference.reused)}
         self.costs = {action: COSTS[action] for action in forecasts}
@@ -154,14 +175,24 @@ class Losses:
         return scaled
 
     def choices(self, keys: Keys, following: int) -> list[Choice]:
-        """Ways to skip everything from keys[0] to `following`, for `search.search`; none where nothing may be."""
+        """Ways to skip everything from keys[0] to `following`, for `search.search`; none where nothing may be.
+
+        The loss is what is left once `following` has been computed and has corrected what it can.
+        """
         ways = [self.ways(keys, m) for m in range(keys[0] + 1, following)]
         if not all(ways):
             return []
         errors = np.stack([error for way in ways for error, _ in way.values()])
         units = tuple((action, self._units(action)) for action in self.costs)
         picks, actions, costs = _patterns(tuple(tuple(way) for way in ways), units)
-        loss = np.maximum(((picks @ (errors @ self.products @ errors.T)) * picks).sum(1), 0.0)
+        echoes = np.array([self.echoes[keys[0] + 1 + i] for i, way in enumerate(ways) for _ in way])[:, None]
+        total = picks @ (errors * echoes)
+        loss = self._energy(total)
+        if self.corrects and following < self.count:
+            echoes[-len(ways[-1]) :] = 1.0  # the next step is still to come
+            loss = self._energy(self._corrected(total, (following, *keys))) + SEEN * self._energy(
+                picks @ (errors * echoes)
+            )
         choices = (Choice(float(loss[i]), costs[i], actions[i]) for i in np.lexsort((loss, costs)))
         return pareto(choices, lambda choice: choice.loss)
 
@@ -187,6 +218,16 @@ class Losses:
             else:
                 steps.append(Step(action, self.costs[action], self.ways(keys, m)[action][1]))
         return tuple(steps)
+
+    def _energy(self, errors: np.ndarray) -> np.ndarray:
+        """Mean squares [ways] of errors [ways, values]."""
+        return np.maximum(((errors @ self.products) * errors).sum(1), 0.0)
+
+    def _corrected(self, errors: np.ndarray, known: Keys) -> np.ndarray:
+        """`errors` [ways, values] without what weights of the `known` values take back."""
+        rows, left = [*known, *(self.count + k for k in known)], errors.copy()
+        left[:, rows] -= ridge(self.products[np.ix_(rows, rows)], self.products[rows] @ errors.T, [0.0]).T
+        return left
 
     def _units(self, action: Action) -> int:
         return round(self.full_units * self.costs[action])
@@ -231,29 +272,35 @@ def pareto(entries: Iterable[T], loss: Callable[[T], float]) -> list[T]:
 
 
 def fit(values: Sequence[Tensor], target: Tensor, nodes: Sequence[float], sigma: float) -> list[float]:
-    """Weights of `values` (each [batch, elements], one or two per node, newest first) that come nearest to `target`.
+    """Weights of `values` (each [batch, elements]) that come nearest to `target`.
 
-    nodes: sigmas of the values; sigma: of the target.
+    nodes: sigmas of the values, newest first, each as often as there are bands; sigma: of the target. After all values
+    of one signal come those of the other, if there is one.
     """
     stacked, flat = torch.stack(list(values)).flatten(1).double(), target.flatten().double()
-    prior = prior_weights(nodes, sigma) * (len(stacked) // len(nodes))
+    distinct = list(dict.fromkeys(nodes))
+    weights = dict(zip(distinct, prior_weights(distinct, sigma), strict=True))
+    prior = [weights[node] for node in nodes] * (len(stacked) // len(nodes))
     return ridge((stacked @ stacked.T).numpy() / len(flat), (stacked @ flat).numpy() / len(flat), prior).tolist()
 
 
 def ridge(products: np.ndarray, against: np.ndarray, prior: Sequence[float]) -> np.ndarray:
-    """Least-squares weights [k] with a ridge `prior` [k]. products, against: [k, k], [k], mean products."""
-    pull = RIDGE * max(np.trace(products) / len(products), 1e-30)
-    return np.linalg.solve(products + pull * np.eye(len(products)), against + pull * np.asarray(prior))
+    """Least-squares weights [k] or [k, cases] with a ridge `prior` [k]. products, against: [k, k], [k] or [k, cases],
+    mean products."""
+    pull = np.maximum(RIDGE * np.diag(products), 1e-30)
+    return np.linalg.solve(products + np.diag(pull), (against.T + pull * np.asarray(prior)).T)
 
 
 def prior_weights(nodes: Sequence[float], sigma: float) -> list[float]:
-    """Weights of up to three values at `nodes`, newest first, in the polynomial that is the prior at `sigma`.
+    """Weights of the values at `nodes`, newest first, in the polynomial through three that is the prior at `sigma`.
 
     Samplers with two calls a step visit a sigma twice: the older value there has no weight.
     """
     distinct = [i for i, node in enumerate(nodes) if node not in nodes[:i]]
     if len(distinct) < len(nodes):
         return spread(prior_weights([nodes[i] for i in distinct], sigma), distinct, len(nodes))
+    if len(nodes) > 3:
+        return [*prior_weights(nodes[:3], sigma), *[0.0] * (len(nodes) - 3)]
     if len(nodes) < 3:
         return lagrange(nodes, sigma)
     return (np.array([1.0, *PRIOR]) @ np.array(term_weights(nodes, sigma))).tolist()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
 
 from ..actions import Action, Step
+from ..forecast import BANDS, KEPT
 from .policy import MAX_EVALUATIONS, MAX_POINTS, MAX_STEPS, Point, Policy, PolicyError, Setup
 
-FORMAT, VERSION = "fastercache policy", 2
+FORMAT, VERSION = "fastercache policy", 3
+UNBANDED = 2  # the version before, with one weight for all bands of a value
 MAX_BYTES = 8_000_000
-MAX_WEIGHTS = 8
+MAX_WEIGHTS = KEPT * BANDS
 MAX_TEXT = 500
 ACTIONS = {action.value: action for action in Action}
 SETUP_FIELDS, STEP_FIELDS = ({f.name for f in fields(kind)} for kind in (Setup, Step))
@@ -51,7 +53,7 @@ def _plain(step: Step) -> dict[str, Any]:
 
 def _policy(data: dict[str, Any]) -> Policy:
     version = _whole(data, "version", 1, 10**6)
-    if version != VERSION:
+    if version not in (UNBANDED, VERSION):
         advice = "update the pack" if version > VERSION else "find it again with FasterCache Auto-FR"
         raise PolicyError(f"it has version {version}, this pack reads version {VERSION}: {advice}")
     _object(data, {"format", "version", "setup", "sigmas", "chosen", "points"})
@@ -60,7 +62,8 @@ def _policy(data: dict[str, Any]) -> Policy:
     if len(sigmas) * len(points) > MAX_STEPS:
         raise PolicyError(f"it has {len(points)} points of {len(sigmas)} steps; at most {MAX_STEPS} steps are read")
     chosen = _whole(data, "chosen", 0, len(points) - 1)
-    return Policy(_setup(data.get("setup")), sigmas, _each("point", lambda p: _point(p, len(sigmas)), points), chosen)
+    points = _each("point", lambda p: _point(p, len(sigmas), BANDS if version == VERSION else 1), points)
+    return Policy(_setup(data.get("setup")), sigmas, points, chosen)
 
 
 def _setup(data: Any) -> Setup:
@@ -71,17 +74,26 @@ def _setup(data: Any) -> Setup:
     return Setup(model, sampler, scheduler, _whole(data, "steps", 1, 10**6), cfg, shift, resolution)
 
 
-def _point(data: Any, evaluations: int) -> Point:
+def _point(data: Any, evaluations: int, bands: int) -> Point:
+    """bands: how many weights each value has."""
     _object(data, {"error", "steps"})
     steps = _each("evaluation", _step, _list(data, "steps", evaluations, evaluations))
     if steps[0].action is not Action.COMPUTE:
         raise PolicyError("its first evaluation is not computed")
     computed = 0
     for i, step in enumerate(steps):
-        if max(len(step.cond), len(step.difference)) > computed:
-            raise PolicyError(f"evaluation {i} weighs more values than are computed by then")
         computed += step.action is Action.COMPUTE
-    return Point(_number(data, "error", 0.0, 1e6), steps)
+        if max(len(step.cond), len(step.difference)) > computed * bands:
+            raise PolicyError(f"evaluation {i} weighs more values than are computed by then")
+        if len(step.cond) % bands or len(step.difference) % bands:
+            raise PolicyError(f"evaluation {i} does not weigh {bands} bands of every value")
+    return Point(_number(data, "error", 0.0, 1e6), tuple(_banded(step, BANDS // bands) for step in steps))
+
+
+def _banded(step: Step, bands: int) -> Step:
+    """`step` with every weight `bands` times."""
+    cond, difference = (tuple(w for w in weights for _ in range(bands)) for weights in (step.cond, step.difference))
+    return replace(step, cond=cond, difference=difference)
 
 
 def _step(data: Any) -> Step:

@@ -69,7 +69,8 @@ class Cell:
             source, choice, paid = cell.links[cell.via[units]]
             segments.append((*choice.actions, Action.COMPUTE))
             cell, units = source, units - paid
-        return (Action.COMPUTE, *(action for segment in reversed(segments) for action in segment))
+        actions = (Action.COMPUTE, *(action for segment in reversed(segments) for action in segment))
+        return actions[:-1]  # without the end of the run
 
 
 def search(
@@ -82,24 +83,25 @@ def search(
 ) -> list[Choice]:
     """The curve of least loss over cost, cheapest first, each entry with `count` actions.
 
-    The first and the last evaluation are computed, and of `gap` in a row at least one. choices(keys, following): the
-    ways to skip the evaluations between keys[0] and `following`; keys has up to `depth` ordinals. full_units: cost of
-    COMPUTE. objective: what is least, "sum" of the losses, or "minimax", their largest and then the second largest and
-    so on. The loss of the curve is the sum either way.
+    The first evaluation is computed, and of `gap` in a row at least one. choices(keys, following): the ways to skip the
+    evaluations between keys[0] and `following`, `count` at the end; keys has up to `depth` ordinals. full_units: cost
+    of COMPUTE. objective: what is least, "sum" of the losses, or "minimax", their largest and then the second largest
+    and so on. The loss of the curve is the sum either way.
     """
     value = OBJECTIVES[objective]
     budget, worst = count * full_units, value(float("inf"))
     start = Cell(budget, worst)
     start.loss[full_units] = value()
-    layers: list[dict[Keys, Cell]] = [{} for _ in range(count)]
+    layers: list[dict[Keys, Cell]] = [{} for _ in range(count + 1)]
     layers[0][0,] = start
-    for last, layer in enumerate(layers):
+    for last, layer in enumerate(layers[:-1]):
         for keys, cell in layer.items():
-            for following in range(last + 1, min(last + gap, count - 1) + 1):
+            for following in range(last + 1, min(last + gap, count) + 1):
                 target = layers[following].setdefault((following, *keys)[:depth], Cell(budget, worst))
+                price = full_units if following < count else 0
                 between = choices(keys, following) if following > last + 1 else [Choice(0.0, 0, ())]
                 for choice in between:
-                    target.offer(cell, value(choice.loss), choice, choice.units + full_units)
+                    target.offer(cell, value(choice.loss), choice, choice.units + price)
     return _curve(list(layers[-1].values()), start, worst)
 
 

@@ -47,7 +47,7 @@ class AdaptiveSettings:
     window: Window = Window()
     longest: int = LONGEST
     corrects, probes, longest_reuse = True, True, LONGEST_REUSE
-    reference_only, holds_slope, uses_errors = False, False, True
+    reference_only, holds_slope, uses_errors, weighs = False, False, True, False
 
     def served(self, solver: Solver, sampler: str) -> tuple[ControllerSettings, str | None]:
         """See ControllerSettings: a target below `floor` counts as that."""

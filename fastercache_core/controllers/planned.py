@@ -49,7 +49,7 @@ class MixSettings:
     bias: float = 0.5
     window: Window = field(default_factory=Window)
     corrects, probes, longest_reuse = False, False, None
-    reference_only, holds_slope, uses_errors = False, True, False
+    reference_only, holds_slope, uses_errors, weighs = False, True, False, False
 
     def served(self, solver: Solver, sampler: str) -> tuple[ControllerSettings, str | None]:
         """See ControllerSettings."""
@@ -66,7 +66,7 @@ class PolicySettings:
 
     policy: Policy
     corrects, probes, longest_reuse = False, False, None
-    reference_only, holds_slope, uses_errors = False, False, False
+    reference_only, holds_slope, uses_errors, weighs = False, False, False, True
 
     def served(self, solver: Solver, sampler: str) -> tuple[ControllerSettings, str | None]:
         """See ControllerSettings."""
@@ -85,7 +85,7 @@ class StepsSettings:
     steps: Sequence[tuple[float, Step]]
     fewest: int | None = None
     corrects, probes, longest_reuse = False, False, None
-    reference_only, holds_slope, uses_errors = False, False, False
+    reference_only, holds_slope, uses_errors, weighs = False, False, False, True
 
     def served(self, solver: Solver, sampler: str) -> tuple[ControllerSettings, str | None]:
         """See ControllerSettings."""
@@ -104,10 +104,15 @@ class PlannedController:
 
     def choose(self, evaluation: Evaluation, signals: Signals) -> Step:
         """See Controller."""
-        step = COMPUTE if evaluation.is_last else self.plan.at(evaluation)
+        step = self.plan.at(evaluation)
+        if evaluation.is_last and not (step.weighs or self.fewest):
+            return COMPUTE
         known = all(self._known(signal, step.difference) for signal in signals.differences)
         if step.action is Action.ESTIMATE:
             return step if known and signals.differences else COMPUTE
+        if step.action is Action.COMPUTE and step.weighs:
+            known = all(self._known(signal, step.difference, 1) for signal in signals.differences)
+            return step if known and self._known(signals.output, step.cond, 1) else COMPUTE
         if step.action in (Action.PREDICT, Action.MIX) and not (known and self._known(signals.output, step.cond)):
             return COMPUTE if step.action is Action.PREDICT else Step(Action.REUSE)
         return step
@@ -126,10 +131,12 @@ class PlannedController:
         """See Controller: a plan does not depend on errors."""
         return None
 
-    def _known(self, signal: Signal | None, weights: Sequence[float]) -> bool:
+    def _known(self, signal: Signal | None, weights: Sequence[float], more: int = 0) -> bool:
+        """True when `signal`, with so many values `more`, has enough of them."""
         if signal is None:
             return False
-        return signal.known >= (len(weights) or self.fewest or signal.forecaster.depth)
+        weighed = len(weights) // signal.forecaster.per_value
+        return signal.known + more >= (weighed or self.fewest or signal.forecaster.depth)
 
 
 class StepsPlan:

@@ -16,6 +16,7 @@ attention_hook  the same for a network of no known family
 families        where each model family keeps what can be reused
 dry_run         a pass without values, to see the shapes of features
 fingerprint     which model this is, and which size of picture
+found           policies that Auto-FR found, kept in a file for each model, sampler and steps
 learning        what the errors of a run mean on the user's own model, kept in a file
 user_files      small files in the user's own folders
 announce        tells the web page what a run skipped

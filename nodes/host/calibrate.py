@@ -25,14 +25,16 @@ from ...fastercache_core.calibration.policy import Point, Policy, Setup
 from ...fastercache_core.clock import Evaluation
 from ...fastercache_core.controllers.planned import StepsSettings
 from ...fastercache_core.features.reuse import planned_reuse
+from ...fastercache_core.forecast import BANDS
 from ...fastercache_core.protocols import FeatureUse, Network, Pass, Result, Signals
 from ...fastercache_core.settings import CacheSettings
-from ...fastercache_core.signal import DifferenceSettings, OutputSettings
+from ...fastercache_core.signal import DifferenceSettings, OutputSettings, Signal
 from .compatibility import RunSetup, refusals
 from .conditioning import Window
 from .feature_pass import FeaturePass
 from .fingerprint import model_fingerprint, size_of
 from .network import HostNetwork
+from .policy_checks import with_weights
 from .wrappers import observed
 
 # Features are tried at so many evaluations after the one that computed them: each try is a pass.
@@ -74,6 +76,8 @@ class Recorder:
     def started(self, setup: RunSetup) -> None:
         """See RunObserver."""
         self.setup = setup
+        if setup.solver:
+            self.reference.solver = setup.solver
         everything = _settings(StepsSettings(()), features=True)
         self.refused = refusals(everything, setup)
         if "difference" in self.refused:
@@ -185,23 +189,33 @@ class Fitter(Recorder):
         """reference: the full run of the same sampling; point: a Point whose steps are followed."""
         super().__init__(reference.guidance_scale, progress)
         self.reference, self.steps, self.error = reference, list(point.steps), 0.0
+        self.skipped = False
+        self.strayed: Tensor | None = None  # the last denoised latent, from that of full sampling
 
     def weigh(self, step: Step, pass_: Pass, signals: Signals, outputs: Sequence[Tensor]) -> Step:
         """See Observer: weights that lead the latent back to the one of full sampling."""
+        if step.action is Action.COMPUTE and not (self.skipped and self.reference.solver.corrects):
+            return step
         target, predicts = self._target(step, pass_, outputs), step.action is not Action.ESTIMATE
         output, differences = signals.output if predicts else None, signals.differences
-        conds = [subsample(value) for value in output.forecaster.values()] if output else []
+        conds = _bands(output) if output else []
         known = differences[0] if differences else output
         assert known is not None
         guided = 1 - self.reference.guidance_scale
-        changes = [subsample(value) * guided for value in known.forecaster.values()] if differences else []
-        weights = fit([*conds, *changes], target, known.forecaster.nodes, pass_.evaluation.sigma)
+        changes = [band * guided for band in _bands(known)] if differences else []
+        nodes = [node for node in known.forecaster.nodes for _ in range(BANDS)]
+        weights = fit([*conds, *changes], target, nodes, pass_.evaluation.sigma)
         step = replace(step, cond=tuple(weights[: len(conds)]), difference=tuple(weights[len(conds) :]))
         self.steps[pass_.evaluation.ordinal] = step
         return step
 
+    def after(self, pass_: Pass, action: Action, outputs: Sequence[Tensor]) -> None:
+        """See Observer."""
+        self.skipped |= action is not Action.COMPUTE
+
     def done(self, evaluation: Evaluation, x: Tensor, denoised: Tensor) -> None:
         """See RunObserver."""
+        self.strayed = subsample(denoised) - self.reference.denoised(evaluation.ordinal)
         if evaluation.is_last:
             full = self.reference.final
             self.error = overall_rms(subsample(denoised) - full) / overall_rms(full)
@@ -211,12 +225,17 @@ class Fitter(Recorder):
         """What the weighted values must add up to, [batch, elements]."""
         space, x = pass_.space, pass_.x
         skip, scale = space.denoised(torch.zeros_like(x)), float(space.scale.flatten()[0])
-        target = self.reference.target(pass_.evaluation.ordinal, x, skip, scale)
+        target = self.reference.target(pass_.evaluation.ordinal, x, skip, scale, self.strayed)
         if step.action is Action.ESTIMATE:
             return target - subsample(space.output(outputs[pass_.reference]))
         if step.action is Action.MIX:
             return (target - step.mix * self.reference.guided(*in_output_space(outputs, pass_))) / (1 - step.mix)
         return target
+
+
+def _bands(signal: Signal) -> list[Tensor]:
+    """All bands of all values of a signal, each [batch, elements]."""
+    return [subsample(band) for value in signal.forecaster.values() for band in value]
 
 
 def in_output_space(outputs: Sequence[Tensor], pass_: Pass) -> tuple[Tensor, Tensor | None]:
@@ -309,4 +328,4 @@ def setup(model: Any, sampling: Sampling) -> Setup:
 
 def _settings(plan: StepsSettings, features: bool) -> CacheSettings:
     reuse = planned_reuse() if features else None
-    return CacheSettings("calibration", plan, DifferenceSettings(), OutputSettings(), reuse)
+    return with_weights(CacheSettings("calibration", plan, DifferenceSettings(), OutputSettings(), reuse))

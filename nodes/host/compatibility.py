@@ -110,7 +110,9 @@ def refusals(settings: CacheSettings, setup: RunSetup) -> dict[str, str]:
     reason = _no_caching(settings, setup)
     if reason:
         return dict.fromkeys(wanted, reason)
-    corrected = bool(setup.solver and setup.solver.corrects) and settings.controller.corrects
+    corrected = bool(setup.solver and setup.solver.corrects) and (
+        settings.controller.corrects or settings.controller.weighs
+    )
     checks: dict[str, Callable[[], str | None]] = {
         "output": lambda: _no_prediction(setup, corrected),
         "difference": lambda: _no_estimate(settings, setup),

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
 import comfy.samplers
 
 from ...fastercache_core import messages
-from ...fastercache_core.actions import Step
-from ...fastercache_core.calibration.policy import Policy, Setup
+from ...fastercache_core.actions import Action, Step
+from ...fastercache_core.calibration.policy import Policy, PolicyError, Setup
 from ...fastercache_core.controllers.planned import CONSTANT, MixSettings, PolicySettings, StepsSettings
 from ...fastercache_core.settings import CacheSettings
 from .compatibility import RunSetup, sampler_name
 from .fingerprint import other_size, size_of
+from .found import kept
 
 # At so many times its own cfg a policy's weights still were no worse than forecasts fitted during the run.
 SAME_CFG = (0.5, 1.1)
@@ -31,11 +33,39 @@ def planned(settings: CacheSettings, setup: RunSetup) -> tuple[CacheSettings, li
         return settings, []
     if isinstance(settings.controller, MixSettings):
         return _mixing(settings, settings.controller, setup)
+    if settings.found and settings.output:
+        return _found(settings, setup)
     if isinstance(settings.controller, PolicySettings):
         steps, notes = steps_of(settings.controller.policy, setup)
         reuse = settings.reuse if any(step.action.reuses for _, step in steps) else None
-        return replace(settings, controller=StepsSettings(steps), reuse=reuse), notes
+        weighed = with_weights(settings) if any(step.weighs for _, step in steps) else settings
+        return replace(weighed, controller=StepsSettings(steps), reuse=reuse), notes
     return settings, []
+
+
+def _found(settings: CacheSettings, setup: RunSetup) -> tuple[CacheSettings, list[str]]:
+    """`settings` with the policy that Auto-FR found for exactly this run, where there is one, and the notes."""
+    try:
+        found = kept(setup)
+    except (PolicyError, OSError) as error:
+        return settings, [messages.found_unreadable(error)]
+    if found is None:
+        return settings, []
+    policy, when = found
+    steps = StepsSettings(list(zip(policy.sigmas, policy.steps, strict=True)))
+    date = time.strftime("%Y-%m-%d", time.localtime(when))
+    note = messages.uses_found(date, policy.points[policy.chosen].actions(), policy.error)
+    return replace(with_weights(settings), controller=steps, reuse=None), [note]
+
+
+def with_weights(settings: CacheSettings) -> CacheSettings:
+    """`settings` that predict by the weights of their steps."""
+    output, difference = settings.output, settings.difference
+    return replace(
+        settings,
+        output=output and replace(output, forecast="weighed"),
+        difference=difference and replace(difference, forecast="weighed"),
+    )
 
 
 def nothing_to_gain(settings: MixSettings, setup: RunSetup) -> str | None:
@@ -71,7 +101,13 @@ def steps_of(policy: Policy, setup: RunSetup) -> tuple[list[tuple[float, Step]],
     elif found.steps != len(evaluations):
         # What lies between the sigmas of a sampler with more calls a step is known from calibration only.
         return [], notes
+    if solver and solver.order > 1 and any(map(_uncorrected, policy.steps)):
+        return [], [*notes, messages.builds_on_differences(setup.sampler_name)]
     return list(zip(policy.sigmas, policy.steps, strict=True)), notes
+
+
+def _uncorrected(step: Step) -> bool:
+    return step.action in (Action.PREDICT, Action.MIX) and not step.weighs
 
 
 def _mixing(settings: CacheSettings, mixing: MixSettings, setup: RunSetup) -> tuple[CacheSettings, list[str]]:

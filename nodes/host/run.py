@@ -34,6 +34,9 @@ from .prediction import OutputSpace, SlopeSpace
 
 # A context window that has not come back for this many evaluations is forgotten.
 REGION_LIFE = 8
+# In so few steps little can be predicted without a policy: where less than this share was, one would help. Finding it
+# takes the time of so many pictures: 4 in full, and 4 at three quarters of the cost.
+FEW_STEPS, LITTLE, POLICY_PICTURES = 12, 0.3, 7
 
 
 class RunObserver(Observer, Protocol):
@@ -267,6 +270,10 @@ class CacheRun:
             self.report.note(messages.NO_UNCOND)
         able = settings.output or reuses or (settings.difference and guided)
         skipped = any({*actions.values()} - {Action.COMPUTE.value} for actions in evaluations)
+        if settings.found and settings.output and settings.controller.uses_errors and len(evaluations) <= FEW_STEPS:
+            predicted = sum({*actions.values()} == {Action.PREDICT.value} for actions in evaluations)
+            if predicted < LITTLE * len(evaluations):
+                self.report.note(messages.policy_would_help(POLICY_PICTURES))
         if able and not skipped:
             may_help = settings.controller.probes and not (self.context.solver.corrects or reuses)
             self.report.note(messages.nothing_skipped(settings.controller.uses_errors, may_help))

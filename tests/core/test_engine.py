@@ -617,7 +617,8 @@ def test_an_observer_sees_every_evaluation_and_hands_over_the_network() -> None:
         *(4, "ran", Action.ESTIMATE),
         *(5, "ran", Action.COMPUTE),
     ]
-    assert watcher.weighed == [(Action.PREDICT, True, 1, 0), (Action.ESTIMATE, True, 1, 2)]
+    skipped = [weighed for weighed in watcher.weighed if weighed[0] is not Action.COMPUTE]
+    assert skipped == [(Action.PREDICT, True, 1, 0), (Action.ESTIMATE, True, 1, 2)]
 
 
 def test_an_observers_weights_are_predicted_with() -> None:
@@ -626,6 +627,19 @@ def test_an_observers_weights_are_predicted_with() -> None:
     held = Sampling().run(all_on(steps(letters), "hold"))
     weighed = Sampling(observer=Watcher((1.0,))).run(all_on(steps(letters), "fitted"))
     torch.testing.assert_close(weighed.latent, held.latent)
+
+
+def test_a_computed_step_that_brings_weights_hands_over_what_they_correct() -> None:
+    """Weights of the newest value alone, and then the same with half as much of the one before."""
+    sigmas, outputs = grids.even(6), []
+    for weights in ((), (1.0,), (1.0, 0.5)):
+        planned = [COMPUTE, COMPUTE, replace(COMPUTE, cond=weights)]
+        plan = StepsSettings(list(zip(sigmas, planned, strict=False)), fewest=1)
+        run = Sampling(sigmas=sigmas, active=lambda sigma: [0]).run(all_on(plan, "linear"))
+        assert run.letters == "CCCCCC"
+        outputs.append(run.outcomes[2].outputs[0])
+    torch.testing.assert_close(outputs[1], outputs[0])
+    assert (outputs[2] - outputs[0]).abs().max() > 0.01
 
 
 def test_it_works_without_forecasts_of_outputs_or_of_differences() -> None:

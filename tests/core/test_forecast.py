@@ -13,6 +13,7 @@ from fastercache_core.forecast import (
     FORECASTERS,
     ORDERS,
     REACH_LATENT,
+    WEIGHED_EDGES,
     Fitted,
     Forecaster,
     Hedged,
@@ -91,12 +92,23 @@ def test_weights_can_be_given_for_the_newest_values(name: str) -> None:
     assert torch.allclose(forecaster.predict(0.4, values=[i + 1.0 for i in range(count)]), expected)
 
 
+def test_the_weights_of_a_policy_are_those_of_every_value_and_band() -> None:
+    forecaster = observed(make_forecaster("weighed", ()), lambda s: FIELD * s, TENTHS)
+    low, *middle, high = split(FIELD, WEIGHED_EDGES)
+    newest, before = forecaster.nodes[:2]
+    expected = (2.0 * newest + before) * low + 3.0 * newest * high
+    none = [0.0] * len(middle)
+    weights = [2.0, *none, 3.0, 1.0, *none, 0.0]
+    assert torch.allclose(forecaster.predict(0.4, values=weights), expected, atol=1e-6)
+    assert len(forecaster.nodes) > 3, "more values than a polynomial uses"
+
+
 @pytest.mark.parametrize("name", FORECASTERS)
 def test_it_holds_the_newest_values_and_forgets_when_told(name: str) -> None:
     forecaster = observed(make_forecaster(name, (0.2,)), lambda s: FIELD * s, TENTHS)
     assert forecaster.nodes == [*reversed(TENTHS)][: forecaster.depth] and ready(forecaster) and forecaster.tensors()
     for sigma, value in zip(forecaster.nodes, forecaster.values()):
-        assert torch.allclose(value, FIELD * sigma)
+        assert torch.allclose(value.sum(0), FIELD * sigma)
     forecaster.clear()
     assert forecaster.nodes == [] and forecaster.values() == [] and forecaster.tensors() == []
     forecaster.observe(1.0, OTHER)
@@ -118,7 +130,7 @@ def test_a_sigma_visited_twice_keeps_only_its_newest_value(name: str) -> None:
     for sigma, value in ((1.0, FIELD), (1.0, FIELD), (0.9, OTHER), (0.9, FIELD), (0.8, OTHER), (0.8, FIELD)):
         forecaster.observe(sigma, value)
     assert len({*forecaster.nodes}) == len(forecaster.nodes)
-    assert all(torch.allclose(value, FIELD) for value in forecaster.values())
+    assert all(torch.allclose(value.sum(0), FIELD) for value in forecaster.values())
     assert forecaster.predict(0.7).isfinite().all()
 
 

@@ -1,5 +1,7 @@
 """Calibration finds where skipping is free, what it costs elsewhere, and weights that undo an error."""
 
+import math
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,6 +11,7 @@ from fastercache_core.calibration import losses as losses_module
 from fastercache_core.calibration.losses import Losses, Reference, fit, pareto, prior_weights, subsample
 from fastercache_core.calibration.search import find_points
 from fastercache_core.clock import Evaluation
+from fastercache_core.solvers import SOLVERS
 from support.recorded import CFG, COUNT, SHAPE, SIGMAS, fields, recorded, smooth_then_rough
 
 
@@ -75,7 +78,7 @@ def test_features_are_reused_where_that_beats_the_forecast():
     reference = with_reuse(smooth_then_rough(), lambda k, m: torch.zeros(SHAPE))
     point = at(find_points(reference, Losses(reference)), 0.5)
     letters = point.actions()
-    assert letters[8:].count("R") > 3 and "R" not in letters[:7] and point.error < 0.05
+    assert letters[8:].count("R") > 3 and letters[:8].count("R") <= 1 and point.error < 0.05
     assert next(s for s in point.steps if s.action is Action.REUSE).cost == 0.25
 
 
@@ -150,6 +153,28 @@ def test_the_target_leads_a_strayed_latent_back_in_one_step():
     target = reference.target(5, strayed, strayed, -SIGMAS[5])
     arrived = subsample(strayed) - reference.steps[5] * target  # Euler on a flow model
     assert torch.allclose(arrived, reference.x[6], atol=1e-5)
+
+
+def test_the_target_takes_back_what_a_sampler_uses_once_more():
+    """A second-order sampler adds the denoised latent of the evaluation before: there it was off by `wrong`."""
+    reference = recorded(lambda s: fields(1)[0] * s)
+    reference.solver = SOLVERS["sample_res_multistep"]
+    wrong = 0.1 * subsample(fields(1, 3)[0])
+    x, sigma = reference.x[5].reshape(SHAPE), SIGMAS[5]
+    target = reference.target(5, x, x, -sigma, wrong)
+    weight, before = reference.step_weights(5)
+    moved = weight * (reference.x[5] - sigma * target - reference.denoised(5)) + before * wrong
+    assert before < 0 and torch.allclose(moved, torch.zeros_like(moved), atol=1e-5)
+
+
+def test_an_error_counts_less_where_the_next_evaluation_corrects_it():
+    a, b = fields(2)
+    reference = recorded(lambda s: a * math.sin(12 * s) + b * math.cos(15 * s))
+    [alone] = Losses(reference).choices((4,), 6)
+    reference.solver = SOLVERS["sample_euler"]
+    [corrected] = Losses(reference).choices((4,), 6)
+    [at_the_end] = Losses(reference).choices((14, 13, 12), COUNT)
+    assert 0 < corrected.loss < 0.9 * alone.loss and at_the_end.actions == (Action.PREDICT,)
 
 
 def test_the_final_latent_is_the_last_denoised_one():

@@ -174,6 +174,26 @@ def test_the_last_evaluation_is_computed() -> None:
     assert [controller.choose(clock.tick(s), Signals(known(3), [])).action for s in (1.0, 0.5)] == [Action.COMPUTE] * 2
 
 
+def test_the_last_evaluation_is_skipped_where_a_policy_has_weights_for_it() -> None:
+    step = Step(Action.PREDICT, 0.0, 1.0, (1.5, -0.5))
+    controller, clock = StepsSettings([(1.0, COMPUTE), (0.5, step)]).controller(context()), Clock([1.0, 0.5, 0.0])
+    actions = [controller.choose(clock.tick(s), Signals(known(2), [])).action for s in (1.0, 0.5)]
+    assert actions == [Action.COMPUTE, Action.PREDICT]
+
+
+def test_a_correction_counts_the_value_that_is_being_computed() -> None:
+    step = Step(Action.COMPUTE, 1.0, 1.0, (1.0, 0.1, -0.1))
+    controller = StepsSettings([(1.0, step), (0.5, COMPUTE)]).controller(context())
+    clock = Clock([1.0, 0.5, 0.0])
+    evaluation = clock.tick(1.0)
+    assert controller.choose(evaluation, Signals(known(2), [])) == step
+    assert (
+        controller.choose(evaluation, Signals(known(1), []))
+        == controller.choose(evaluation, Signals(None, []))
+        == COMPUTE
+    )
+
+
 @pytest.mark.parametrize("off, action", [(1e-3, Action.PREDICT), (-1e-3, Action.PREDICT), (0.05, Action.COMPUTE)])
 def test_a_step_is_taken_at_the_sigma_that_it_was_laid_down_for(off: float, action: Action) -> None:
     controller = StepsSettings([(sigma, PREDICT) for sigma in SIGMAS[:-1]]).controller(context())

@@ -11,7 +11,7 @@ from fastercache_core.actions import COMPUTE, Action, Step
 from fastercache_core.calibration.policy import MAX_STEPS, Point, Policy, PolicyError, Setup
 from fastercache_core.calibration.policy_file import MAX_BYTES, dumps, loads
 
-PREDICT = Step(Action.PREDICT, 0.0, 1.0, (1.5, -0.5), (1.0, 0.0))
+PREDICT = Step(Action.PREDICT, 0.0, 1.0, (1.5, -0.5, 1.0, 0.5), (1.0, 0.0, 0.0, 0.0))
 SIGMAS = tuple(0.1 ** (i / 29) for i in range(30))
 
 
@@ -38,22 +38,33 @@ def with_step(index, **changes):
 
 
 def test_what_is_written_is_read():
-    others = [Step(Action.MIX, 0.7, 0.25), Step(Action.REUSE, 0.6), Step(Action.ESTIMATE, 0.5, difference=(1.0,))]
+    others = [
+        Step(Action.MIX, 0.7, 0.25),
+        Step(Action.REUSE, 0.6),
+        Step(Action.ESTIMATE, 0.5, difference=(1.0, 0.5, 0.2, 0.1)),
+    ]
     mixed = Policy(replace(SETUP, shift=None), SIGMAS, tuple(point({0, 29}, other=step) for step in others), 2)
     assert loads(dumps(POLICY)) == POLICY
     assert loads(dumps(mixed).encode()) == mixed
 
 
+def test_a_file_of_the_version_before_has_one_weight_for_all_bands():
+    predicted = {"action": "predicted", "cond": [1.5, -0.5], "difference": [1.0]}
+    steps = [{"action": "computed", "cost": 1.0}] * 2 + [predicted] * 28
+    policy = loads(broken(version=2, points=[{"error": 0.1, "steps": steps}], chosen=0))
+    assert policy.steps[2] == Step(Action.PREDICT, cond=(1.5,) * 4 + (-0.5,) * 4, difference=(1.0,) * 4)
+
+
 def test_actions_are_written_as_the_words_that_a_user_reads():
     steps = json.loads(dumps(POLICY))["points"][0]["steps"]
     assert steps[0] == {"action": "computed", "cost": 1.0}
-    assert steps[2] == {"action": "predicted", "cond": [1.5, -0.5], "difference": [1.0, 0.0]}
+    assert steps[2] == {"action": "predicted", "cond": [1.5, -0.5, 1.0, 0.5], "difference": [1.0, 0.0, 0.0, 0.0]}
 
 
 # fmt: off
 REFUSED = [
     ("", "JSON"), ("{", "JSON"), ("[" * 100000, "JSON"), ("null", "not a policy"), ("[]", "not a policy"),
-    (broken(format="something"), "not a policy"), (broken(version=3), "update the pack"),
+    (broken(format="something"), "not a policy"), (broken(version=4), "update the pack"),
     (broken(version=1), "find it again"), (broken(version="1"), "`version`"), (broken(chosen=2), "`chosen`"),
     (broken(chosen=True), "`chosen`"), (broken(sigmas=[]), "`sigmas`"), (broken(sigmas=[1.0] * 2000), "`sigmas`"),
     (broken(sigmas=["1"] * 30), "`sigmas`"), (broken(sigmas=[0.0] * 30), "`sigmas`"),
@@ -66,9 +77,10 @@ REFUSED = [
     (dumps(POLICY).replace("0.05", "1e999"), "`error`"), (dumps(POLICY).replace("0.05", "9" * 5000), "JSON"),
     (with_step(5, action="EXEC"), "point 0: evaluation 5: `action` must be one of computed, "),
     (with_step(5, action=["predicted"]), "`action`"), (with_step(0, action="predicted"), "first evaluation"),
-    (with_step(2, cond=[1.0] * 4), "evaluation 2 weighs more values"),
-    (with_step(4, cond=[1.0] * 4), "evaluation 4 weighs more values"), (with_step(5, cond=[1e9, 0.0]), "`cond`"),
-    (with_step(5, cond=[None]), "`cond`"), (with_step(5, cond=[1.0] * 9), "`cond`"), (with_step(5, mix=1.5), "`mix`"),
+    (with_step(2, cond=[1.0] * 12), "evaluation 2 weighs more values"),
+    (with_step(4, cond=[1.0] * 16), "evaluation 4 weighs more values"), (with_step(5, cond=[1e9, 0.0]), "`cond`"),
+    (with_step(5, cond=[1.0] * 3), "does not weigh 4 bands"),
+    (with_step(5, cond=[None]), "`cond`"), (with_step(5, cond=[1.0] * 33), "`cond`"), (with_step(5, mix=1.5), "`mix`"),
     (with_step(5, cost=-1), "`cost`"), (with_step(5, cost=True), "`cost`"), (with_step(5, __class__="x"), "__class__"),
     (" " * (MAX_BYTES + 1), "bytes"),
 ]

@@ -4,6 +4,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import comfy.model_management
+import folder_paths
 import pytest
 import torch
 from fastercache_pack.fastercache_core import messages
@@ -12,6 +13,7 @@ from fastercache_pack.fastercache_core.calibration.policy import DEPTH, Point, P
 from fastercache_pack.fastercache_core.calibration.policy_file import dumps, loads
 from fastercache_pack.fastercache_core.controllers.planned import StepsSettings
 from fastercache_pack.fastercache_core.features.storage import StorageSettings
+from fastercache_pack.fastercache_core.forecast import BANDS
 from fastercache_pack.nodes.auto_fr import CHOSEN, LINE, METHODS, FasterCacheAutoFR, curve
 from fastercache_pack.nodes.frdiff import policy_settings
 from fastercache_pack.nodes.host.calibrate import (
@@ -108,6 +110,9 @@ def test_a_policy_is_found_with_weights_at_its_chosen_point(tiny_models, name):
     assert policy.cost <= 0.6 and policy.setup.steps == STEPS
     predicted = [step for step in policy.steps if step.action is Action.PREDICT]
     assert predicted and all(len(step.cond) == len(step.difference) > 0 for step in predicted)
+    skipped = [i for i, step in enumerate(policy.steps) if step in predicted]
+    after = [step for step in policy.steps[skipped[0] :] if step.action is Action.COMPUTE]
+    assert all(step.weighs for step in after), "what is computed later corrects"
     assert 0.0 < policy.error < 1.0 and loads(dumps(policy)) == policy
 
 
@@ -115,7 +120,7 @@ class Holder(Fitter):
     """Holds the last values, where a Fitter fits weights to all that it has."""
 
     def weigh(self, step, pass_, signals, outputs):
-        return replace(step, cond=(1.0,), difference=(1.0,))
+        return replace(step, cond=(1.0,) * BANDS, difference=(1.0,) * BANDS)
 
 
 def test_fitted_weights_are_nearer_to_full_sampling_than_holding(tiny_models):
@@ -149,7 +154,7 @@ def test_minimax_keeps_the_largest_error_below_that_of_the_least_sum(tiny_models
 
 
 def test_where_steps_may_not_be_skipped_the_negative_pass_is(tiny_models):
-    policy = find_policy(tiny_models("sd3"), sampling("sd3", sampler="dpmpp_2m"), 0.8)
+    policy = find_policy(tiny_models("sd3"), sampling("sd3", sampler="deis"), 0.8)
     assert actions(policy) == {Action.COMPUTE, Action.ESTIMATE} and policy.cost <= 0.8
     assert all(step.difference and not step.cond for step in policy.steps if step.action is Action.ESTIMATE)
 
@@ -187,7 +192,7 @@ def test_a_policy_with_reused_features_does_in_a_run_what_it_did_in_calibration(
 
 
 def test_where_no_step_may_be_skipped_and_there_is_no_negative_features_are_reused(tiny_models):
-    settings = sampling("sd15", sampler="dpmpp_2m", cfg=1.0)
+    settings = sampling("sd15", sampler="deis", cfg=1.0)
     policy = find_policy(tiny_models("sd15"), settings, 0.8, features=True)
     assert actions(policy) == {Action.COMPUTE, Action.REUSE} and policy.cost <= 0.8
 
@@ -196,6 +201,15 @@ def test_a_model_without_such_features_is_refused_with_the_reason(tiny_models, m
     monkeypatch.setattr("fastercache_pack.nodes.host.compatibility.find_family", lambda network: Family("Odd", ()))
     with pytest.raises(CalibrationError, match=messages.no_feature_kinds("Odd", ["branch"])):
         find_policy(tiny_models("sd3"), sampling("sd3"), 0.5, features=True)
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "res_multistep"])
+def test_solvers_of_second_order_with_known_steps_have_whole_steps_predicted(tiny_models, sampler):
+    policy = find_policy(tiny_models("sd3"), sampling("sd3", sampler=sampler), 0.6)
+    assert actions(policy) == {Action.COMPUTE, Action.PREDICT} and 0 < policy.error < 0.2
+    run = attach(tiny_models("sd3"), policy_settings(policy, StorageSettings()))
+    sample_tiny(run, "sd3", steps=STEPS, sampler=sampler)
+    assert evaluations(run)["predicted"] == policy.points[policy.chosen].actions().count("P")
 
 
 def test_without_guidance_there_is_one_branch_to_predict(tiny_models):
@@ -210,9 +224,9 @@ def test_a_sampler_whose_calls_are_not_known_is_refused_with_the_reason(tiny_mod
 
 
 def test_with_nothing_to_skip_it_says_so(tiny_models):
-    reason = messages.nothing_to_skip(messages.builds_on_differences("sample_dpmpp_2m"))
+    reason = messages.nothing_to_skip(messages.builds_on_differences("sample_deis"))
     with pytest.raises(CalibrationError, match=reason):
-        find_policy(tiny_models("sd3"), sampling("sd3", sampler="dpmpp_2m", cfg=1.0), 0.5)
+        find_policy(tiny_models("sd3"), sampling("sd3", sampler="deis", cfg=1.0), 0.5)
 
 
 def test_a_positive_that_begins_late_cannot_be_recorded(tiny_models):
@@ -259,7 +273,8 @@ def node_inputs(method, **changes):
 
 
 @pytest.mark.parametrize("method", list(METHODS))
-def test_the_node_gives_a_policy_a_report_and_its_curve(tiny_models, method):
+def test_the_node_gives_a_policy_a_report_and_its_curve(tiny_models, method, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
     with torch.inference_mode():  # as the host runs it
         policy, report, picture = FasterCacheAutoFR.execute(tiny_models("sd3"), **node_inputs(method)).result
     assert policy.cost <= 0.6 and policy.points[policy.chosen].actions() in report
