@@ -257,7 +257,6 @@ class AdaptiveController:
                 best = gap
         return best
 
-
     def _longest(self, seen: Seen | None, longest: int, sigmas: Sequence[float]) -> int:
         """The longest gap that leaves as much for every gap after it; one as long as the last may cost more."""
         left, best = len(sigmas) - 1, 1
