@@ -49,7 +49,7 @@ class Corrected:
 
     letters: str
     corrects, probes, longest_reuse = True, False, None
-    reference_only, holds_slope, uses_errors = False, False, False
+    reference_only, holds_slope, uses_errors, weighs = False, False, False, False
 
     def served(self, solver: Solver, sampler: str) -> tuple[ControllerSettings, None]:
         return self, None
