@@ -86,7 +86,7 @@ class Polynomial:
     def __init__(self, orders: Mapping[int, float], edges: Sequence[float] = ()) -> None:
         """orders: {order: share}, shares summing to 1; edges: see `bands.split`, none for one band."""
         self.orders, self.edges = orders, tuple(edges)
-        self.depth = max(orders) + 1
+        self.depth = self.kept = max(orders) + 1
         self.clear()
 
     def observe(self, sigma: float, x: Tensor) -> None:
@@ -122,7 +122,7 @@ class Polynomial:
 
     def _push(self, sigma: float, bands: Tensor) -> None:
         """Keep `bands` [bands, batch, ...] as computed at `sigma`."""
-        held = self._others(sigma)[: self.depth - 1]
+        held = self._others(sigma)[: self.kept - 1]
         self._stack = torch.cat([bands[None], self._stack[held]]) if held else bands[None]
         self.nodes = [sigma, *(self.nodes[i] for i in held)]
 
@@ -166,7 +166,7 @@ class Weighed(Polynomial):
 
     def __init__(self) -> None:
         super().__init__({2: 1.0}, WEIGHED_EDGES)
-        self.depth = KEPT
+        self.kept = KEPT
 
     def _given(self, values: Sequence[float]) -> Tensor:
         given = tensor_like(values, self._sums).reshape(1, -1, BANDS).mT

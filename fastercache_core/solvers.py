@@ -16,9 +16,10 @@ from .law import Law
 # of what is left to do, and how far it goes and the one before it went in log sigma.
 PreviousWeight = Callable[[float, float, float], float]
 
-# By class of solver, for flow models. Fitted on tuning prompts of five models at 6 to 30 steps, cfg 1 and 4.5; `between`
-# is the spread of their means, so that a model that was not among them is met as well (docs/adaptive.md).
-EULER, MULTISTEP = Law(38.5, between=4.0, within=4.5), Law(34.5, between=4.4, within=5.5)
+# Of solvers whose predicted steps are corrected, of first order and of second, and of others. The first two were fitted on
+# tuning prompts of five models at 6 to 30 steps, cfg 1 and 4.5. `between` is the spread of the models' means, so that
+# a model that was not among them is met as well.
+EULER, MULTISTEP = Law(38.5, between=3.5, within=5.5), Law(50.5, between=2.5, within=5.5)
 UNCORRECTED = Law(23.5, between=3.0, within=5.0)
 
 
@@ -64,11 +65,12 @@ class Solver:
         """How many times as far as Euler's step an error of one evaluation moves the latent at most.
 
         sigmas: of the run, noisiest first. A polynomial through earlier evaluations multiplies their differences by the
-        ratio of a step to the one before it, once for each order.
+        ratio of a step to the one before it, once for each order; what corrects them goes through it once more.
         """
-        if not (self.extrapolates or (self.noise and self.calls == 1)):
+        if self.calls > 1 or not (self.noise or self.order > 1):
             return 1.0
-        return FARTHER * (unevenness(sigmas) if self.extrapolates else 1.0) ** (self.order - 1)
+        uneven = unevenness(sigmas) if self.extrapolates or self.corrects else 1.0
+        return FARTHER * uneven ** (self.order - (not self.corrects))
 
     def step_weights(self, last: float | None, sigma: float, following: float) -> tuple[float, float]:
         """How far a step from `sigma` to `following` moves the latent for one unit of the denoised latent there, and

@@ -53,7 +53,7 @@ def preset_inputs() -> list[io.Input]:
     preset = "Closeness to full sampling: exact-looking 50 dB PSNR, balanced 42, fast 36 (small changes)."
     closeness = "Target PSNR to full sampling in dB, in place of the preset's. 0 = as the preset says."
     learn = "Sample in full as well, and learn from both what may be skipped on this model. Slower."
-    found = "Use a policy that Auto-FR found for exactly this model, sampler and steps (targets up to 42 dB)."
+    found = "Use a policy that Auto-FR found for exactly this model, sampler and steps."
     return [
         io.Combo.Input("preset", options=list(PRESETS), default="balanced", tooltip=preset),
         advanced(io.Float.Input("closeness", default=0.0, min=0.0, max=80.0, step=1.0, tooltip=closeness)),

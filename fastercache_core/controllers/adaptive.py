@@ -77,12 +77,13 @@ class Gap:
 @dataclass(frozen=True)
 class Seen:
     """An error that was seen at the end of a gap of `passed` evaluations that spanned `span` in sigma (0: that does not
-    matter), and the power of the gap with which it grows."""
+    matter), the power of the gap with which it grows, and whether errors are no larger than expected."""
 
     error: float
     passed: int = 1
     span: float = 0.0
     power: float = POWER
+    steady: bool = True
 
     def at(self, gap: int, span: float = 0.0) -> float:
         """The error to expect at the end of a gap of that many evaluations and that span."""
@@ -242,10 +243,10 @@ class AdaptiveController:
         if error is None:
             return None
         if self.revisits:
-            return Seen(error, gap.passed, power=1.0)
+            return Seen(error, gap.passed, power=1.0, steady=False)
         # Where an error grew more than expected, it is taken to go on so.
         growth = min(max(error / gap.expected, 1.0), GROWTH) if gap.expected else 1.0
-        return Seen(growth * error, gap.passed, abs(gap.span))
+        return Seen(growth * error, gap.passed, abs(gap.span), steady=growth == 1.0)
 
     def _longest_reuse(self, errors: Errors, sigmas: Sequence[float]) -> int:
         """The longest gap that features may fill, see `_longest`."""
@@ -262,7 +263,7 @@ class AdaptiveController:
         left, best = len(sigmas) - 1, 1
         for gap in range(2, longest + 1) if seen else ():
             span = abs(sigmas[0] - sigmas[min(gap, left)])
-            share = gap / left * self.budget * (STAY if gap == self.skip_gap else 1.0)
+            share = gap / left * self.budget * (STAY if seen.steady and gap == self.skip_gap else 1.0)
             if seen.reaches(span) and (seen.at(gap, span) * span) ** 2 <= share:
                 best = gap
         return best

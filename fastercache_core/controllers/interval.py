@@ -32,6 +32,7 @@ class IntervalSettings:
     tolerance: float | None = None
     patience: float = 8.0
     corrects, probes, longest_reuse, reference_only, holds_slope = False, False, None, True, False
+    weighs = False
 
     @property
     def uses_errors(self) -> bool:

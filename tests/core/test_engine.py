@@ -49,7 +49,7 @@ class Corrected:
 
     letters: str
     corrects, probes, longest_reuse = True, False, None
-    reference_only, holds_slope, uses_errors = False, False, False
+    reference_only, holds_slope, uses_errors, weighs = False, False, False, False
 
     def served(self, solver: Solver, sampler: str) -> tuple[ControllerSettings, None]:
         return self, None
@@ -159,7 +159,7 @@ def test_the_target_is_reached(target: float, sampler: str) -> None:
     sampling = Sampling(Model(surprise=lambda s: 0.05), sampler)
     run, full = sampling.run(all_on(AdaptiveSettings(target), "hedged")), sampling.full()
     psnr = 10 * torch.log10((4 * full.std()) ** 2 / (run.latent - full).pow(2).mean())
-    assert run.count(Action.PREDICT) > 5 and psnr > target
+    assert run.count(Action.PREDICT) > 2 and psnr > target
 
 
 def test_a_sampler_that_may_not_be_predicted_gets_estimates() -> None:

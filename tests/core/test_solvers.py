@@ -96,8 +96,11 @@ def test_multistep_solvers_multiply_errors_where_steps_grow() -> None:
     for name, order in (("sample_unipc", 3), ("sample_deis", 3), ("sample_lms", 4), ("sample_gradient_estimation", 2)):
         assert find_solver(name).amplifies(smooth) == pytest.approx(2.0)
         assert find_solver(name).amplifies(jump) == pytest.approx(2 * 4.0 ** (order - 1))
-    for name in ("sample_euler", "sample_dpmpp_2m", "sample_heun"):
-        assert SOLVERS[name].amplifies(jump) == 1.0, "of first order, corrected, or begun anew with every step"
+    for name in ("sample_dpmpp_2m", "sample_res_multistep"):
+        assert SOLVERS[name].amplifies(smooth) == pytest.approx(2.0)
+        assert SOLVERS[name].amplifies(jump) == pytest.approx(2 * 4.0**2), "what is corrected goes through them again"
+    for name in ("sample_euler", "sample_heun"):
+        assert SOLVERS[name].amplifies(jump) == 1.0, "of first order, or begun anew with every step"
     assert SOLVERS["sample_euler_ancestral"].amplifies(jump) == SOLVERS["sample_er_sde"].amplifies(jump) == 2.0
 
 

@@ -12,6 +12,7 @@ from fastercache_pack.fastercache_core.calibration.policy import MAX_EVALUATIONS
 from fastercache_pack.fastercache_core.clock import Interval
 from fastercache_pack.fastercache_core.controllers.planned import MixSettings, PolicySettings
 from fastercache_pack.fastercache_core.features.reuse import ReuseSettings
+from fastercache_pack.fastercache_core.forecast import BANDS
 from fastercache_pack.fastercache_core.settings import CacheSettings
 from fastercache_pack.fastercache_core.signal import DifferenceSettings, OutputSettings
 from fastercache_pack.nodes.host.compatibility import RunSetup
@@ -25,7 +26,7 @@ from support.tiny import sample
 ALWAYS = Interval(10**6)
 FAMILIES = {"sd15": "branch", "sd3": "self", "flux": "stack"}
 PREDICT, ESTIMATE = Step(Action.PREDICT), Step(Action.ESTIMATE, 0.5)
-WEIGHED = Step(Action.PREDICT, cond=(1.5, -0.5), difference=(1.0,))
+WEIGHED = Step(Action.PREDICT, cond=(1.5,) * BANDS + (-0.5,) * BANDS, difference=(1.0,) * BANDS)
 
 
 def frdiff(kind, **mixing):

@@ -476,7 +476,7 @@ class Renamed:
 
     own: AdaptiveSettings = AdaptiveSettings()
     corrects, probes, longest_reuse = True, True, 3
-    reference_only, holds_slope, uses_errors = False, False, True
+    reference_only, holds_slope, uses_errors, weighs = False, False, True, False
 
     def served(self, solver, sampler):
         own, note = self.own.served(solver, sampler)

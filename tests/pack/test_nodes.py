@@ -1,7 +1,7 @@
 """What saved workflows and other programs rely on: ids, and texts for every input and output."""
 
 STORAGE = "memory_gb memory_device memory_dtype"
-PRESET = f"preset closeness start_percent end_percent feature_reuse reuse_depth {STORAGE} learn"
+PRESET = f"preset closeness start_percent end_percent feature_reuse reuse_depth {STORAGE} learn found_policy"
 GUIDANCE = (
     "interval tolerance forecast weights start_percent end_percent radius bands alpha_low alpha_high switch_percent"
 )
