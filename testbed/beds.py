@@ -151,4 +151,13 @@ def distilled(teacher, model, steps, base=""):
 
 BEDS |= {
     "mmdit_turbo8": distilled("mmdit", "emoji_mmdit_turbo8", 8),
+    "photos": Bed(
+        "photos_lumina",
+        ("PhotosLoader", {}),
+        ("EmptySD3LatentImage", {"width": 256, "height": 256}),
+        ("EmojiDecode", {"scale": 1, "model": "photos_lumina"}),
+        (16, 32, 32),
+        "simple",
+        subjects="photos",
+    ),
 }
