@@ -91,6 +91,7 @@ class Bed:
         model = comfy.sd.load_diffusion_model(str(self.weights))
         if not self.base:
             return model
+        model.model.requires_grad_(False)  # the host rounds a LoRA into 8-bit weights in place
         return comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(str(self.file)), 1.0, 0.0)[0]
 
     def conditioning(self, prompts):
@@ -160,4 +161,6 @@ BEDS |= {
         "simple",
         subjects="photos",
     ),
+    "wan_guided": distilled("wan", "emoji_wan_guided", 20, "emoji_wan"),
+    "mmdit_turbo4": distilled("mmdit", "emoji_mmdit_turbo4", 4, "emoji_mmdit_turbo8"),
 }

@@ -34,7 +34,7 @@ NODES = {
 }
 TRAINED = ROOT / "testbed" / "models"
 MODELS = tuple(TRAINED / name for name in ("emoji_mmdit", "emoji_mmdit_turbo8", "emoji_wan"))  # for UNETLoader
-LORAS = tuple(TRAINED / name for name in ("emoji_mmdit_turbo4", "emoji_wan_guided", "emoji_wan_turbo8"))
+LORAS = tuple(TRAINED / name for name in ("emoji_mmdit_turbo4", "emoji_wan_guided"))
 START_SECONDS = 180
 FAILED_NODE = re.compile(r"Cannot import|IMPORT FAILED|Error while calling comfy_entrypoint|did not return|Skip ")
 

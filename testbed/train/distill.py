@@ -64,9 +64,9 @@ MMDIT = Family(
 WAN = Family(wan, "emoji_wan", (48, 4, 8, 8), r"^blocks.*(attn\.[qkvo]|ffn\.[02])$")
 STUDENTS = {
     "emoji_mmdit_turbo8": Student(MMDIT, "emoji_mmdit", 8, 3, 4.5, rate=4e-4, minutes=23),
-    "emoji_wan_guided": Student(WAN, "emoji_wan", 20, 1, 4.5, rank=16, minutes=9),
-    "emoji_mmdit_turbo4": Student(MMDIT, "emoji_mmdit_turbo8", 4, 2, 1.0, rank=12, minutes=6),
-    "emoji_wan_turbo8": Student(WAN, "emoji_wan", 8, 3, 4.5, rank=16, minutes=7.5),
+    "emoji_wan_guided": Student(WAN, "emoji_wan", 20, 1, 4.5, rank=16, rate=2e-3, minutes=11),
+    "emoji_mmdit_turbo4": Student(MMDIT, "emoji_mmdit_turbo8", 4, 2, 1.0, rank=12, rate=2e-3, minutes=8),
+    "emoji_wan_turbo8": Student(WAN, "emoji_wan", 8, 3, 4.5, rank=16, rate=2e-3, minutes=20),
 }
 
 
