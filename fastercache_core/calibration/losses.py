@@ -193,7 +193,7 @@ class Losses:
             loss = self._energy(self._corrected(total, (following, *keys))) + SEEN * self._energy(
                 picks @ (errors * echoes)
             )
-        choices = (Choice(float(loss[i]), costs[i], actions[i]) for i in np.lexsort((loss, costs)))
+        choices = (Choice(float(loss[i]), costs[i], actions[i]) for i in np.lexsort((loss, np.array(costs))))
         return pareto(choices, lambda choice: choice.loss)
 
     def ways(self, keys: Keys, m: int) -> dict[Action, tuple[np.ndarray, float]]:

@@ -58,11 +58,11 @@ def _policy(data: dict[str, Any]) -> Policy:
         raise PolicyError(f"it has version {version}, this pack reads version {VERSION}: {advice}")
     _object(data, {"format", "version", "setup", "sigmas", "chosen", "points"})
     sigmas = _floats(data, "sigmas", 1, MAX_EVALUATIONS, 1e-9, 1e6)
-    points = _list(data, "points", 1, MAX_POINTS)
-    if len(sigmas) * len(points) > MAX_STEPS:
-        raise PolicyError(f"it has {len(points)} points of {len(sigmas)} steps; at most {MAX_STEPS} steps are read")
-    chosen = _whole(data, "chosen", 0, len(points) - 1)
-    points = _each("point", lambda p: _point(p, len(sigmas), BANDS if version == VERSION else 1), points)
+    entries = _list(data, "points", 1, MAX_POINTS)
+    if len(sigmas) * len(entries) > MAX_STEPS:
+        raise PolicyError(f"it has {len(entries)} points of {len(sigmas)} steps; at most {MAX_STEPS} steps are read")
+    chosen = _whole(data, "chosen", 0, len(entries) - 1)
+    points = _each("point", lambda p: _point(p, len(sigmas), BANDS if version == VERSION else 1), entries)
     return Policy(_setup(data.get("setup")), sigmas, points, chosen)
 
 

@@ -261,7 +261,9 @@ class AdaptiveController:
     def _longest(self, seen: Seen | None, longest: int, sigmas: Sequence[float]) -> int:
         """The longest gap that leaves as much for every gap after it; one as long as the last may cost more."""
         left, best = len(sigmas) - 1, 1
-        for gap in range(2, longest + 1) if seen else ():
+        if seen is None:
+            return best
+        for gap in range(2, longest + 1):
             span = abs(sigmas[0] - sigmas[min(gap, left)])
             share = gap / left * self.budget * (STAY if seen.steady and gap == self.skip_gap else 1.0)
             if seen.reaches(span) and (seen.at(gap, span) * span) ** 2 <= share:
