@@ -219,7 +219,7 @@ def test_without_guidance_there_is_one_branch_to_predict(tiny_models):
 
 
 def test_a_sampler_whose_calls_are_not_known_is_refused_with_the_reason(tiny_models):
-    with pytest.raises(CalibrationError, match=r"sampler \w*dpm_adaptive\w* are not known"):
+    with pytest.raises(CalibrationError, match=r"sampler \w*dpm_adaptive\w* chooses its steps"):
         find_policy(tiny_models("sd3"), sampling("sd3", sampler="dpm_adaptive"), 0.5)
 
 

@@ -113,8 +113,8 @@ def test_without_noise_levels_of_the_run_no_step_is_predicted_and_the_last_is_co
 
 def test_a_sampler_around_a_known_one_counts_as_that(tiny_models):
     sampler = around(EULER)
-    full, model = run(tiny_models("sd3"), sampler), attach(tiny_models("sd3"), wish())
-    result = run(model, sampler)
+    full, model = run(tiny_models("sd3"), sampler, cfg=1.0), attach(tiny_models("sd3"), wish(30.0))
+    result = run(model, sampler, cfg=1.0)
     assert evaluations(model)["predicted"] > 2 and relative(result, full) < 0.1
     assert messages.wraps("lying", "sample_euler") in notes(model)
 
