@@ -21,7 +21,7 @@ from fastercache_pack.nodes.host.wrappers import attach, last_report
 from support.runs import actions, notes
 from testbed.beds import BEDS
 
-BED, FAST = automatic("fast", 30.0, Window())
+BED, FAST = BEDS["mmdit"], automatic("fast", 30.0, Window())
 STEPS, KIND = 16, "euler, 13 to 24 steps"
 LEARNS = replace(FAST, learn=True)
 
