@@ -159,7 +159,7 @@ def test_the_target_is_reached(target: float, sampler: str) -> None:
     sampling = Sampling(Model(surprise=lambda s: 0.05), sampler)
     run, full = sampling.run(all_on(AdaptiveSettings(target), "hedged")), sampling.full()
     psnr = 10 * torch.log10((4 * full.std()) ** 2 / (run.latent - full).pow(2).mean())
-    assert run.count(Action.PREDICT) > 0 and psnr > target
+    assert run.count(Action.PREDICT) > 2 and psnr > target
 
 
 def test_a_sampler_that_may_not_be_predicted_gets_estimates() -> None:

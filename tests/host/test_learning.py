@@ -13,7 +13,7 @@ from fastercache_pack.fastercache_core import messages
 from fastercache_pack.fastercache_core.clock import Window
 from fastercache_pack.fastercache_core.metrics import latent_psnr
 from fastercache_pack.fastercache_core.report import full_text
-from fastercache_pack.nodes.fastercache import PRESETS, automatic
+from fastercache_pack.nodes.fastercache import PRESETS
 from fastercache_pack.nodes.host import learning
 from fastercache_pack.nodes.host.fingerprint import model_fingerprint
 from fastercache_pack.nodes.host.wrappers import attach, last_report
@@ -21,7 +21,7 @@ from fastercache_pack.nodes.host.wrappers import attach, last_report
 from support.runs import actions, notes
 from testbed.beds import BEDS
 
-BED, FAST = BEDS["mmdit"], automatic("fast", 30.0, Window())
+BED, FAST = BEDS["mmdit"], PRESETS["fast"](Window())
 STEPS, KIND = 16, "euler, 13 to 24 steps"
 LEARNS = replace(FAST, learn=True)
 

@@ -22,7 +22,7 @@ from fastercache_pack.fastercache_core.features.reuse import ReuseSettings, plan
 from fastercache_pack.fastercache_core.readback import Readback
 from fastercache_pack.fastercache_core.settings import CacheSettings
 from fastercache_pack.fastercache_core.signal import DifferenceSettings, OutputSettings
-from fastercache_pack.nodes.fastercache import PRESETS, automatic
+from fastercache_pack.nodes.fastercache import PRESETS
 from fastercache_pack.nodes.host import calibrate, families, wrappers
 from fastercache_pack.nodes.host.wrappers import RUN_KEY, attach, last_report
 
@@ -221,10 +221,10 @@ def test_a_target_that_a_sampler_cannot_serve_is_raised_and_that_is_said(tiny_mo
 def test_beside_torch_compile_the_host_never_waits_for_what_was_just_computed(tiny_models, monkeypatch, order):
     read, late = Readback.read, []
     monkeypatch.setattr(Readback, "read", lambda self, *about: late.append(self.late) or read(self, *about))
-    settings, model = automatic("test", 30.0, Window()), tiny_models("sd3")
+    settings, model = PRESETS["fast"](Window()), tiny_models("sd3")
     model = attach(compiled(model) if order == "compile first" else model, settings)
     model = compiled(model) if order == "compile last" else model
-    sample(model, "sd3", steps=50)
+    sample(model, "sd3", steps=30)
     assert late and set(late) == {order != "plain"} and totals(model)["cost"] < 1.0
 
 
