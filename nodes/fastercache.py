@@ -85,7 +85,7 @@ def takes_found(settings: CacheSettings) -> bool:
 class FasterCache(io.ComfyNode):
     """The same picture or video with fewer network passes: put it between the model loader (and LoRAs) and the sampler.
 
-    It skips what can be predicted from the steps before, never the last step, and says on the node and in the log what
+    It skips what can be predicted from the steps before, and says on the node and in the log what
     was skipped and why not more.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
 from ..actions import Action, Step
@@ -12,7 +12,6 @@ from ..forecast import BANDS, KEPT
 from .policy import MAX_EVALUATIONS, MAX_POINTS, MAX_STEPS, Point, Policy, PolicyError, Setup
 
 FORMAT, VERSION = "fastercache policy", 3
-UNBANDED = 2  # the version before, with one weight for all bands of a value
 MAX_BYTES = 8_000_000
 MAX_WEIGHTS = KEPT * BANDS
 MAX_TEXT = 500
@@ -53,7 +52,7 @@ def _plain(step: Step) -> dict[str, Any]:
 
 def _policy(data: dict[str, Any]) -> Policy:
     version = _whole(data, "version", 1, 10**6)
-    if version not in (UNBANDED, VERSION):
+    if version != VERSION:
         advice = "update the pack" if version > VERSION else "find it again with FasterCache Auto-FR"
         raise PolicyError(f"it has version {version}, this pack reads version {VERSION}: {advice}")
     _object(data, {"format", "version", "setup", "sigmas", "chosen", "points"})
@@ -62,7 +61,7 @@ def _policy(data: dict[str, Any]) -> Policy:
     if len(sigmas) * len(entries) > MAX_STEPS:
         raise PolicyError(f"it has {len(entries)} points of {len(sigmas)} steps; at most {MAX_STEPS} steps are read")
     chosen = _whole(data, "chosen", 0, len(entries) - 1)
-    points = _each("point", lambda p: _point(p, len(sigmas), BANDS if version == VERSION else 1), entries)
+    points = _each("point", lambda p: _point(p, len(sigmas)), entries)
     return Policy(_setup(data.get("setup")), sigmas, points, chosen)
 
 
@@ -74,8 +73,7 @@ def _setup(data: Any) -> Setup:
     return Setup(model, sampler, scheduler, _whole(data, "steps", 1, 10**6), cfg, shift, resolution)
 
 
-def _point(data: Any, evaluations: int, bands: int) -> Point:
-    """bands: how many weights each value has."""
+def _point(data: Any, evaluations: int) -> Point:
     _object(data, {"error", "steps"})
     steps = _each("evaluation", _step, _list(data, "steps", evaluations, evaluations))
     if steps[0].action is not Action.COMPUTE:
@@ -83,17 +81,11 @@ def _point(data: Any, evaluations: int, bands: int) -> Point:
     computed = 0
     for i, step in enumerate(steps):
         computed += step.action is Action.COMPUTE
-        if max(len(step.cond), len(step.difference)) > computed * bands:
+        if max(len(step.cond), len(step.difference)) > computed * BANDS:
             raise PolicyError(f"evaluation {i} weighs more values than are computed by then")
-        if len(step.cond) % bands or len(step.difference) % bands:
-            raise PolicyError(f"evaluation {i} does not weigh {bands} bands of every value")
-    return Point(_number(data, "error", 0.0, 1e6), tuple(_banded(step, BANDS // bands) for step in steps))
-
-
-def _banded(step: Step, bands: int) -> Step:
-    """`step` with every weight `bands` times."""
-    cond, difference = (tuple(w for w in weights for _ in range(bands)) for weights in (step.cond, step.difference))
-    return replace(step, cond=cond, difference=difference)
+        if len(step.cond) % BANDS or len(step.difference) % BANDS:
+            raise PolicyError(f"evaluation {i} does not weigh {BANDS} bands of every value")
+    return Point(_number(data, "error", 0.0, 1e6), steps)
 
 
 def _step(data: Any) -> Step:

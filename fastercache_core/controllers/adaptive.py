@@ -111,10 +111,10 @@ class Errors:
     probed: bool = False
     deep: bool = False
 
-    def of_reuse(self, passed: int, span: float) -> float | None:
-        """The error of features `passed` evaluations old, and `span` in sigma: it grows with both."""
-        steps = span / self.step if self.step > 0 else 0.0
-        return None if self.reused is None else self.reused * max(passed, steps)
+    @property
+    def of_reuse(self) -> Seen | None:
+        """The error of features one evaluation old: it grows with their age and with the span, whichever grew more."""
+        return None if self.reused is None else Seen(self.reused, 1, self.step, power=1.0, steady=False)
 
 
 PROBED = ("step", "probed", "deep")
@@ -211,7 +211,7 @@ class AdaptiveController:
         self._choose_skipping(errors, sigmas)
         # Skipping the negative pass saves half of what skipping a step does, and less than deep features do.
         better = self.skip_gap == 1 or errors.deep
-        affordable = self._longest_reuse(errors, sigmas) if better or not errors.probed else 1
+        affordable = self._longest(errors.of_reuse, LONGEST_REUSE, sigmas) if better or not errors.probed else 1
         self.reuse_gap = affordable if errors.probed else 1
         # A probe costs what a reused pass does: the first one is run where, at best, features would fill long gaps.
         self.in_vain = errors.reused is not None and affordable < (2 if errors.probed else LONGEST_REUSE)
@@ -222,7 +222,8 @@ class AdaptiveController:
     def _spend(self, errors: Errors) -> None:
         """Take what a gap did from the budget."""
         gap = errors.gap
-        error = errors.of_reuse(gap.passed, gap.span) if gap.reused else errors.predicted
+        reused = errors.of_reuse if gap.reused else None
+        error = reused.at(gap.passed, gap.span) if reused else errors.predicted
         if gap.passed > 1 and error is not None:  # a window of a long video may have been away
             self.budget -= (error * gap.span) ** 2
             self.spent += self.carries * (error * gap.span) ** 2
@@ -248,23 +249,13 @@ class AdaptiveController:
         growth = min(max(error / gap.expected, 1.0), GROWTH) if gap.expected else 1.0
         return Seen(growth * error, gap.passed, abs(gap.span), steady=growth == 1.0)
 
-    def _longest_reuse(self, errors: Errors, sigmas: Sequence[float]) -> int:
-        """The longest gap that features may fill, see `_longest`."""
-        left, best = len(sigmas) - 1, 1
-        for gap in range(2, min(LONGEST_REUSE, left) + 1):
-            span = sigmas[0] - sigmas[gap]
-            error = errors.of_reuse(gap, span)
-            if error is not None and (error * span) ** 2 * left / gap <= self.budget:
-                best = gap
-        return best
-
     def _longest(self, seen: Seen | None, longest: int, sigmas: Sequence[float]) -> int:
         """The longest gap that leaves as much for every gap after it; one as long as the last may cost more."""
         left, best = len(sigmas) - 1, 1
         if seen is None:
             return best
-        for gap in range(2, longest + 1):
-            span = abs(sigmas[0] - sigmas[min(gap, left)])
+        for gap in range(2, min(longest, left) + 1):
+            span = abs(sigmas[0] - sigmas[gap])
             share = gap / left * self.budget * (STAY if seen.steady and gap == self.skip_gap else 1.0)
             if seen.reaches(span) and (seen.at(gap, span) * span) ** 2 <= share:
                 best = gap

@@ -26,42 +26,39 @@ def to_images(pictures, scale):
     return pictures.repeat_interleave(scale, 2).repeat_interleave(scale, 3).permute(0, 2, 3, 1)
 
 
-class EmojiUNetLoader(io.ComfyNode):
-    """Loads the emoji UNet, which is too small for the host's own loader."""
+class OwnLoader(io.ComfyNode):
+    """Loads one model that is too small for the host's own loader."""
+
+    title, description, module, weights = "", "", emoji_unet, UNET
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="EmojiUNetLoader",
-            display_name="Emoji UNet Loader",
+            node_id=cls.title.replace(" ", ""),
+            display_name=cls.title,
             category="testbed",
-            description="Loads the emoji UNet, a small model of the SD 1.x style that predicts noise.",
+            description=cls.description,
             inputs=[],
             outputs=[io.Model.Output("model")],
         )
 
     @classmethod
     def execute(cls):
-        return io.NodeOutput(emoji_unet.load(UNET))
+        return io.NodeOutput(cls.module.load(cls.weights))
 
 
-class PhotosLoader(io.ComfyNode):
-    """Loads the photograph model, which is too small for the host's own loader."""
+class EmojiUNetLoader(OwnLoader):
+    """Loads the emoji UNet."""
 
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="PhotosLoader",
-            display_name="Photos Loader",
-            category="testbed",
-            description="Loads the photograph model, a small Lumina 2 for pictures of 128x128.",
-            inputs=[],
-            outputs=[io.Model.Output("model")],
-        )
+    title = "Emoji UNet Loader"
+    description = "Loads the emoji UNet, a small model of the SD 1.x style that predicts noise."
 
-    @classmethod
-    def execute(cls):
-        return io.NodeOutput(photos_lumina.load(PHOTOS))
+
+class PhotosLoader(OwnLoader):
+    """Loads the photograph model."""
+
+    title, module, weights = "Photos Loader", photos_lumina, PHOTOS
+    description = "Loads the photograph model, a small Lumina 2 for pictures of 128x128."
 
 
 class EmojiPrompt(io.ComfyNode):

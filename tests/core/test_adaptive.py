@@ -55,17 +55,9 @@ def controller(
     return AdaptiveSettings(target, **settings).controller(context)
 
 
-def sample(
-    error: Callable[[int], Error] | None,
-    target: float = 42.0,
-    solver: Solver = EULER,
-    steps: int = STEPS,
-    probe: Probe | None = None,
-    sigmas: Sequence[float] = (),
-    **settings: Any,
-) -> str:
+def sample(*args: Any, **settings: Any) -> str:
     """One letter for every evaluation of a run; see `run`."""
-    return run(error, target, solver, steps, probe, sigmas, **settings)[0]
+    return run(*args, **settings)[0]
 
 
 def run(
