@@ -19,7 +19,7 @@ PreviousWeight = Callable[[float, float, float], float]
 # Of solvers whose predicted steps are corrected, of first order and of second, and of others. The first two were fitted
 # on tuning prompts of five models at 6 to 30 steps, cfg 1 and 4.5, to the PSNR of latents with their range as peak: 3
 # to 7 dB above the PSNR of pictures, which meet a target less often than nine times in ten (docs/adaptive.md).
-EULER, MULTISTEP = Law(38.5, between=3.5, within=5.5), Law(50.5, between=2.5, within=5.5)
+EULER, MULTISTEP = Law(32.2, between=3.0, within=5.0), Law(46.0, between=4.5, within=6.0)
 UNCORRECTED = Law(23.5, between=3.0, within=5.0)
 
 

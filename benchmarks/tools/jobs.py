@@ -108,18 +108,18 @@ def patched(model: Any, patch: Patch | None) -> Any:
     if patch is None:
         return model
     if patch.kind == "FasterCache":
-        return with_preset(model, str(patch.value))
+        return with_node(model, preset=patch.value)
     from comfy_extras import nodes_easycache
 
     node = getattr(nodes_easycache, f"{patch.kind}Node")
     return node.execute(model, **{**defaults(node), "reuse_threshold": patch.value}).result[0]
 
 
-def with_preset(model: Any, preset: str) -> Any:
-    """A model under the node FasterCache with one of its presets."""
+def with_node(model: Any, **inputs: Any) -> Any:
+    """A model under the node FasterCache with some of its inputs, the others at their defaults."""
     pack = pack_module("nodes.fastercache")
     node = type("FasterCache", (pack.FasterCache,), {"hidden": SimpleNamespace(unique_id=None)})
-    return pack.with_preset(node, model, {**defaults(node), "preset": preset})
+    return pack.with_preset(node, model, {**defaults(node), **inputs})
 
 
 def targets() -> Mapping[str, float]:

@@ -4,7 +4,7 @@ Like the step size control of an ODE solver. Every computed evaluation shows, fo
 it made unnecessary. On three models and over 50 dB, the error of a picture was found to follow from these alone: error
 of the slope times the span in sigma of the gap, relative to the latent, squares added up over the gaps. So the target
 PSNR is an error budget that a run may spend. Carried ahead, an error grows with the gap; the longest gap is taken that
-leaves as much for every gap after it.
+leaves enough for those after it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,15 @@ from ..solvers import Solver
 FLOOR, FLOOR_NOISY, FLOOR_UNCORRECTED = 30.0, 36.0, 42.0
 LONGEST_REUSE = 3  # the longest gap in which features are reused
 LONGEST_UNCORRECTED = 2  # the longest gap of predictions that are not corrected
-POWER = 2.0  # an error grows with this power of the gap, or of its span where that grew more
-STAY = 4.0  # a gap as long as the last may cost this many times its share: equal gaps are closer than mixed ones
+# A gap may cost so many times an even share of the budget: most spend less than was expected of them, and what was
+# spent counts for all later ones. One as long as the last may cost more: equal gaps are closer than mixed ones.
+SHARE, STAY = 2.0, 8.0
 LONGEST = 8  # the longest gap of predictions
 # A gap grows by one evaluation at a time, or to what spans no more than this part of the noise level.
-SMALL = 0.025
+SMALL = 0.03
+# Error of a held slope over the first step, for a step as long as the noise level, in proportion to the step: the
+# largest that was seen on six models. It decides how many evaluations after the first one are skipped.
+FIRST = 60.0
 GROWTH = 3.0  # an error so many times the expected one counts as no larger: it may be a single bad forecast
 
 
@@ -77,18 +81,17 @@ class Gap:
 @dataclass(frozen=True)
 class Seen:
     """An error that was seen at the end of a gap of `passed` evaluations that spanned `span` in sigma (0: that does not
-    matter), the power of the gap with which it grows, and whether errors are no larger than expected."""
+    matter), and whether errors are no larger than expected."""
 
     error: float
     passed: int = 1
     span: float = 0.0
-    power: float = POWER
-    steady: bool = True
+    steady: bool = False
 
     def at(self, gap: int, span: float = 0.0) -> float:
-        """The error to expect at the end of a gap of that many evaluations and that span."""
-        ratio = max(gap / self.passed, span / self.span if self.span else 0.0)
-        return self.error * (ratio**self.power if ratio > 1 else ratio)
+        """The error to expect at the end of a gap of that many evaluations and that span: it grows with the gap, or
+        with its span where that grew more."""
+        return self.error * max(gap / self.passed, span / self.span if self.span else 0.0)
 
     def reaches(self, span: float) -> bool:
         """False for a span so much larger that the error says nothing of it."""
@@ -114,7 +117,7 @@ class Errors:
     @property
     def of_reuse(self) -> Seen | None:
         """The error of features one evaluation old: it grows with their age and with the span, whichever grew more."""
-        return None if self.reused is None else Seen(self.reused, 1, self.step, power=1.0, steady=False)
+        return None if self.reused is None else Seen(self.reused, 1, self.step)
 
 
 PROBED = ("step", "probed", "deep")
@@ -142,6 +145,8 @@ class AdaptiveController:
         """See Controller."""
         wanted = [*([signals.output] if signals.output else []), *signals.differences]
         known = _known(wanted)
+        if self.last is not None and _holds(signals):
+            return self._hold(self.last, evaluation)
         if self.last is None or len(known) < len(wanted) or not (known or signals.probe):
             return COMPUTE
         if self.last.ordinal == evaluation.ordinal - 1:
@@ -186,6 +191,15 @@ class AdaptiveController:
         self.skip_gap = self.reuse_gap = 1
         self.in_vain = False  # nothing will be reused by what is known: no probe is worth its cost
 
+    def _hold(self, last: Evaluation, evaluation: Evaluation) -> Step:
+        """What an evaluation does of which no error was seen yet, since only the first one was computed."""
+        step, age = abs(last.step), evaluation.ordinal - last.ordinal
+        if age == 1:
+            error = Seen(FIRST * step / last.sigma**2, 1, step)
+            self._choose_skipping(error, [last.sigma, evaluation.sigma, *evaluation.following])
+        inside = self.low <= evaluation.sigma <= self.high and not evaluation.is_last
+        return Step(self.skip_by) if inside and age < self.skip_gap else COMPUTE
+
     def _read(self, signals: Sequence[Signal], probe: Probe | None) -> Errors:
         """What is known at the end of the last gap."""
         errors = {"reused": probe.known} if probe and probe.known is not None else {}
@@ -208,7 +222,7 @@ class AdaptiveController:
         gap = errors.gap
         self._spend(errors)
         sigmas = [self.last.sigma, evaluation.sigma, *evaluation.following]
-        self._choose_skipping(errors, sigmas)
+        self._choose_skipping(self._seen(errors), sigmas)
         # Skipping the negative pass saves half of what skipping a step does, and less than deep features do.
         better = self.skip_gap == 1 or errors.deep
         affordable = self._longest(errors.of_reuse, LONGEST_REUSE, sigmas) if better or not errors.probed else 1
@@ -216,7 +230,7 @@ class AdaptiveController:
         # A probe costs what a reused pass does: the first one is run where, at best, features would fill long gaps.
         self.in_vain = errors.reused is not None and affordable < (2 if errors.probed else LONGEST_REUSE)
         longest = max(self.skip_gap, self.reuse_gap)
-        expected = errors.predicted and Seen(errors.predicted, gap.passed, power=1.0).at(longest)
+        expected = errors.predicted and Seen(errors.predicted, gap.passed).at(longest)
         self.gap = Gap(expected=expected)
 
     def _spend(self, errors: Errors) -> None:
@@ -228,11 +242,11 @@ class AdaptiveController:
             self.budget -= (error * gap.span) ** 2
             self.spent += self.carries * (error * gap.span) ** 2
 
-    def _choose_skipping(self, errors: Errors, sigmas: Sequence[float]) -> None:
-        """Set the gap of predictions; sigmas: of the last computed evaluation and all later."""
+    def _choose_skipping(self, seen: Seen | None, sigmas: Sequence[float]) -> None:
+        """Set the gap of predictions by the error that was seen; sigmas: of the last computed evaluation and later."""
         again = abs(sigmas[0] - sigmas[1]) < 1e-6 * sigmas[0]
         self.revisits |= again
-        longest = self._longest(self._seen(errors), self.longest, sigmas)
+        longest = self._longest(seen, self.longest, sigmas)
         # Where a sigma was visited just before, nearly the same is computed twice: only that is skipped then.
         wanted = longest if again or not self.revisits else 1
         small = sum(sigmas[0] - sigma <= SMALL * sigmas[0] for sigma in sigmas[1:])
@@ -244,20 +258,21 @@ class AdaptiveController:
         if error is None:
             return None
         if self.revisits:
-            return Seen(error, gap.passed, power=1.0, steady=False)
+            return Seen(error, gap.passed)
         # Where an error grew more than expected, it is taken to go on so.
         growth = min(max(error / gap.expected, 1.0), GROWTH) if gap.expected else 1.0
         return Seen(growth * error, gap.passed, abs(gap.span), steady=growth == 1.0)
 
     def _longest(self, seen: Seen | None, longest: int, sigmas: Sequence[float]) -> int:
-        """The longest gap that leaves as much for every gap after it; one as long as the last may cost more."""
+        """The longest gap that costs no more than SHARE or STAY allow."""
         left, best = len(sigmas) - 1, 1
         if seen is None:
             return best
         for gap in range(2, min(longest, left) + 1):
             span = abs(sigmas[0] - sigmas[gap])
-            share = gap / left * self.budget * (STAY if seen.steady and gap == self.skip_gap else 1.0)
-            if seen.reaches(span) and (seen.at(gap, span) * span) ** 2 <= share:
+            shares = STAY if seen.steady and gap == self.skip_gap else SHARE
+            allowed = min(shares * gap / left, 1.0) * self.budget
+            if seen.reaches(span) and (seen.at(gap, span) * span) ** 2 <= allowed:
                 best = gap
         return best
 
@@ -265,6 +280,11 @@ class AdaptiveController:
 def _known(signals: Sequence[Signal | None]) -> list[Signal]:
     """Those that can be predicted."""
     return [signal for signal in signals if signal and signal.known > 1]
+
+
+def _holds(signals: Signals) -> bool:
+    """True where there is one value of the conditional output and no other branch."""
+    return signals.output is not None and signals.output.known == 1 and not signals.differences
 
 
 def floor(solver: Solver) -> float:
