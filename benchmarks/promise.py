@@ -25,16 +25,24 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.tools.frontier import psnr_of
-from benchmarks.tools.jobs import Job, Painter, pack_module, report_of, with_node
+from benchmarks.tools.jobs import Job, Painter, report_of, with_node
 from benchmarks.tools.sampling import SEED
 from benchmarks.tools.usage_settings import FIRST_LIST, Setting
 from fastercache_core.law import Law, constant
+from fastercache_core.solvers import EULER, MULTISTEP
 from testbed.beds import BEDS
 from testbed.server import plain_errors
 
 WISHES = (54.0, 50.0, 46.0, 42.0, 38.0, 34.0, 30.0)
 # Models that share weights: what is left out of a fit together.
-RELATIVES = {"mmdit": "mmdit", "mmdit_turbo8": "mmdit", "wan": "wan", "wan_guided": "wan", "unet": "unet", "photos": "photos"}
+RELATIVES = {
+    "mmdit": "mmdit",
+    "mmdit_turbo8": "mmdit",
+    "wan": "wan",
+    "wan_guided": "wan",
+    "unet": "unet",
+    "photos": "photos",
+}
 CLOSE = 60.0  # dB; pictures that are closer say nothing of the wishes here, and do not count in a fit
 LISTS = {"list": FIRST_LIST}
 
@@ -90,6 +98,11 @@ class Record:
         return RELATIVES[self.bed]
 
     @property
+    def steps_class(self) -> str:
+        """How its sampling is told in the tables."""
+        return self.sampling.steps_class
+
+    @property
     def constant(self) -> float | None:
         """Of the law, in dB; None where it shows nothing."""
         if self.psnr is None or not self.spent or self.psnr > CLOSE:
@@ -125,8 +138,12 @@ class Sampler:
     def _samplings(self) -> Iterator[Sampling]:
         from comfy.model_sampling import CONST
 
-        flow = isinstance(self.painter.model.get_model_object("model_sampling"), CONST)
-        return (sampling for sampling in SAMPLINGS if flow or sampling.schedule not in LISTS)
+        flow, guided = (
+            isinstance(self.painter.model.get_model_object("model_sampling"), CONST),
+            self.painter.bed.cfg > 1,
+        )
+        lists = [sampling for sampling in SAMPLINGS if flow or sampling.schedule not in LISTS]
+        return (sampling for sampling in lists if guided or sampling.cfg == 1)
 
     def _paint(self, job: Job, sampling: Sampling, wish: float | None) -> tuple[torch.Tensor, Any]:
         """The picture, and the report of a run under a wish."""
@@ -163,8 +180,7 @@ def fitted(records: Iterable[Record]) -> Law | None:
 
 def law_in_use(kind: str) -> Law:
     """Of the pack."""
-    solvers = pack_module("fastercache_core.solvers")
-    return solvers.EULER if kind == "euler" else solvers.MULTISTEP
+    return EULER if kind == "euler" else MULTISTEP
 
 
 def judged(records: Sequence[Record], kind: str) -> Iterator[tuple[Record, float]]:
@@ -207,15 +223,17 @@ def show(records: Sequence[Record]) -> None:
         pairs = list(judged(records, kind))
         if not (law and pairs):
             continue
-        print(f"\n**{kind}**: mean {law.mean:.1f} dB, between models {law.between:.1f}, within {law.within:.1f};", end="")
-        excess = sorted((60.0 if r.psnr is None else r.psnr) - wish for r, wish in pairs)
-        print(f" nine of ten above {law.low:.1f} (in use {law_in_use(kind).low:.1f}); typically", end="")
-        print(f" {excess[len(excess) // 2]:.0f} dB closer than wished for\n")
-        beds = dict.fromkeys(record.bed for record, _ in pairs)
-        by_bed = {bed: [pair for pair in pairs if pair[0].bed == bed] for bed in beds} | {"all": pairs}
-        print(table({bed: shares(own, lambda r: f"{r.wish:g} dB") for bed, own in by_bed.items()}, "left out"))
-        print()
-        print(table({bed: shares(own, lambda r: r.sampling.steps_class) for bed, own in by_bed.items()}, "left out"))
+        excess = sorted((CLOSE if r.psnr is None else r.psnr) - wish for r, wish in pairs)
+        print(
+            f"\n**{kind}**: mean {law.mean:.1f} dB, between models {law.between:.1f}, within {law.within:.1f}; nine of"
+            f" ten above {law.low:.1f} (in use {law_in_use(kind).low:.1f}); typically {excess[len(excess) // 2]:.0f} dB"
+            " closer than wished for"
+        )
+        for name, judgements in (("left out", pairs), ("law in use", [(r, r.wish) for r, _ in pairs])):
+            beds = dict.fromkeys(record.bed for record, _ in judgements)
+            by_bed = {bed: [pair for pair in judgements if pair[0].bed == bed] for bed in beds} | {"all": judgements}
+            for column in (lambda r: f"{r.wish:g} dB", lambda r: r.steps_class):
+                print("\n" + table({bed: shares(own, column) for bed, own in by_bed.items()}, name))
 
 
 def read(files: Sequence[Path]) -> list[Record]:

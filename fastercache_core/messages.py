@@ -87,6 +87,7 @@ wraps = (
 )
 not_wrapped = "sampler {} moves the latent in other ways than {}: from there on nothing is skipped".format
 adds_noise = "sampler {} adds noise at every step: no step is predicted".format
+adds_noise_guided = "sampler {} adds noise at every step: steps are predicted only without guidance".format
 extrapolates = (
     "sampler {} continues differences between evaluations, and errors with them: the negative pass is always computed"
 ).format

@@ -16,11 +16,11 @@ from .law import Law
 # of what is left to do, and how far it goes and the one before it went in log sigma.
 PreviousWeight = Callable[[float, float, float], float]
 
-# Of solvers whose predicted steps are corrected, of first order and of second, and of others. The first two were fitted
-# on tuning prompts of five models at 6 to 30 steps, cfg 1 and 4.5, to the PSNR of latents with their range as peak: 3
-# to 7 dB above the PSNR of pictures, which meet a target less often than nine times in ten (docs/adaptive.md).
+# Of solvers whose predicted steps are corrected, of first order and of second; of those that add noise, whose steps are
+# predicted but not corrected; and of others. Fitted on tuning prompts to the PSNR of decoded pictures (six models, 8 to
+# 30 steps, cfg 1 and 4.5; benchmarks/promise.py).
 EULER, MULTISTEP = Law(32.2, between=3.0, within=5.0), Law(46.0, between=4.5, within=6.0)
-UNCORRECTED = Law(23.5, between=3.0, within=5.0)
+NOISY, UNCORRECTED = Law(19.0, between=7.5, within=4.0), Law(23.5, between=3.0, within=5.0)
 
 
 # With steps of equal length, solvers that add noise or build on earlier evaluations go so many times as far as Euler.

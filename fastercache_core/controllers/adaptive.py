@@ -33,6 +33,9 @@ LONGEST_UNCORRECTED = 2  # the longest gap of predictions that are not corrected
 # A gap may cost so many times an even share of the budget: most spend less than was expected of them, and what was
 # spent counts for all later ones. One as long as the last may cost more: equal gaps are closer than mixed ones.
 SHARE, STAY = 2.0, 8.0
+# Up to so many times the gap it was seen at an error is taken to grow in proportion, beyond with the square: what was
+# seen on small steps is weak evidence for large ones.
+TRUSTED = 2.0
 LONGEST = 8  # the longest gap of predictions
 # A gap grows by one evaluation at a time, or to what spans no more than this part of the noise level.
 SMALL = 0.03
@@ -91,7 +94,8 @@ class Seen:
     def at(self, gap: int, span: float = 0.0) -> float:
         """The error to expect at the end of a gap of that many evaluations and that span: it grows with the gap, or
         with its span where that grew more."""
-        return self.error * max(gap / self.passed, span / self.span if self.span else 0.0)
+        ratio = max(gap / self.passed, span / self.span if self.span else 0.0)
+        return self.error * max(ratio, ratio**2 / TRUSTED)
 
     def reaches(self, span: float) -> bool:
         """False for a span so much larger that the error says nothing of it."""
@@ -136,8 +140,9 @@ class AdaptiveController:
         # Sum of squared errors still to come, as far as Euler's step would carry them; and of those that were made.
         self.carries = context.solver.amplifies(context.sigmas) ** 2
         self.budget, self.spent = context.solver.law.budget(settings.target) / self.carries, 0.0
-        self.longest = settings.longest if context.solver.corrects else LONGEST_UNCORRECTED
-        self.skip_by = Action.PREDICT if context.predicts else Action.ESTIMATE
+        self.noise = context.solver.noise
+        self.longest = settings.longest if context.solver.corrects or self.noise else LONGEST_UNCORRECTED
+        self.predicts = context.predicts
         self.revisits = False  # the sampler comes back to a sigma, as those with two calls a step do
         self._begin()
 
@@ -158,7 +163,7 @@ class AdaptiveController:
         age = evaluation.ordinal - self.last.ordinal
         if age < self.reuse_gap:
             return Step(Action.REUSE)
-        return Step(self.skip_by) if age < self.skip_gap else COMPUTE
+        return self._skip(signals) if age < self.skip_gap else COMPUTE
 
     def unit(self, pass_: Pass, cond: Tensor) -> Tensor | None:
         """See Controller."""
@@ -198,7 +203,12 @@ class AdaptiveController:
             error = Seen(FIRST * step / last.sigma**2, 1, step)
             self._choose_skipping(error, [last.sigma, evaluation.sigma, *evaluation.following])
         inside = self.low <= evaluation.sigma <= self.high and not evaluation.is_last
-        return Step(self.skip_by) if inside and age < self.skip_gap else COMPUTE
+        return Step(Action.PREDICT) if inside and age < self.skip_gap else COMPUTE
+
+    def _skip(self, signals: Signals) -> Step:
+        """What skips most: where noise is added, the reference is predicted only where it is alone."""
+        alone = not (self.noise and signals.differences)
+        return Step(Action.PREDICT if self.predicts and alone else Action.ESTIMATE)
 
     def _read(self, signals: Sequence[Signal], probe: Probe | None) -> Errors:
         """What is known at the end of the last gap."""

@@ -13,7 +13,7 @@ from ...fastercache_core import messages
 from ...fastercache_core.clock import knows_grid
 from ...fastercache_core.features.reuse import ReuseSettings
 from ...fastercache_core.settings import CacheSettings
-from ...fastercache_core.solvers import UNKNOWN, Solver, find_solver
+from ...fastercache_core.solvers import NOISY, UNKNOWN, Solver, find_solver
 from .families import available, find_family
 from .model_call import uncompiled
 
@@ -38,6 +38,8 @@ class RunSetup:
         solver = solver_of(self.sampler)
         if solver and not knows_grid(self.sigmas):
             return UNKNOWN
+        if solver and solver.noise and solver.known and self.alone:
+            return replace(solver, law=NOISY)
         return solver_of(self.wrapped) if self.wrapped else solver
 
     @cached_property
@@ -54,6 +56,11 @@ class RunSetup:
         """The guider's cfg, None where it has none."""
         cfg = getattr(self.guider, "cfg", None)
         return cfg if isinstance(cfg, (int, float)) else None
+
+    @property
+    def alone(self) -> bool:
+        """True where nothing but the positive conditioning is expected to run."""
+        return len(self.guider.conds) < 2 or self.cfg == 1.0
 
     @property
     def guidance_scale(self) -> float:
@@ -114,7 +121,7 @@ def refusals(settings: CacheSettings, setup: RunSetup) -> dict[str, str]:
         settings.controller.corrects or settings.controller.weighs
     )
     checks: dict[str, Callable[[], str | None]] = {
-        "output": lambda: _no_prediction(setup, corrected),
+        "output": lambda: _no_prediction(settings, setup, corrected),
         "difference": lambda: _no_estimate(settings, setup),
         "reuse": lambda: _no_features(settings.reuse, setup),
     }
@@ -144,14 +151,14 @@ def _no_caching(settings: CacheSettings, setup: RunSetup) -> str | None:
     return messages.unknown_sampler(setup.sampler_name) if knows_grid(setup.sigmas) else messages.NO_SIGMAS
 
 
-def _no_prediction(setup: RunSetup, corrected: bool) -> str | None:
+def _no_prediction(settings: CacheSettings, setup: RunSetup, corrected: bool) -> str | None:
     solver, name = setup.solver, setup.sampler_name
     if solver and not solver.known:
         return _not_known(setup)
     if "sampler_calc_cond_batch_function" in setup.guider.model_options:
         return messages.BRANCHES_ONE_BY_ONE
     if solver and solver.noise:
-        return messages.adds_noise(name)
+        return None if solver.calls == 1 and settings.controller.uses_errors else messages.adds_noise(name)
     if solver and (solver.calls > 1 or solver.order > 1) and not corrected:
         return messages.builds_on_differences(name)
     return None
@@ -181,6 +188,8 @@ def _served(settings: CacheSettings, solver: Solver, name: str) -> tuple[CacheSe
     controller, note = settings.controller.served(solver, name)
     settings = replace(settings, controller=controller)
     notes = [note] if note and (settings.difference or settings.output or settings.reuse) else []
+    if settings.output and solver.noise:
+        settings = replace(settings, output=replace(settings.output, forecast="hedged"))
     if not (controller.corrects and solver.corrects):
         return settings, notes
     if settings.difference:

@@ -65,3 +65,24 @@ class SlopeSpace(OutputSpace):
     def denoised(self, output: Tensor) -> Tensor:
         """The denoised latent of a slope, same shape."""
         return self.x + self.scale * output
+
+
+class DenoisedSpace(OutputSpace):
+    """The denoised latent itself in place of the network's output.
+
+    Where a sampler adds noise the latent jumps from step to step, and noise or velocity with it; what is expected
+    behind the noise does not.
+    """
+
+    def __init__(self, model_sampling: Any, sigma: Tensor, x: Tensor) -> None:
+        """sigma: [batch]; x: [batch, ...], the sampler's latent."""
+        self.model_sampling, self.sigma, self.x = model_sampling, sigma, x
+        self.scale = torch.ones((sigma.shape[0],) + (1,) * (x.ndim - 1), dtype=x.dtype, device=x.device)
+
+    def output(self, denoised: Tensor) -> Tensor:
+        """The same."""
+        return denoised
+
+    def denoised(self, output: Tensor) -> Tensor:
+        """The same."""
+        return output

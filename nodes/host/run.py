@@ -30,7 +30,7 @@ from .learning import law_of
 from .model_call import BranchesCall
 from .network import HostNetwork
 from .policy_checks import planned
-from .prediction import OutputSpace, SlopeSpace
+from .prediction import DenoisedSpace, OutputSpace, SlopeSpace
 
 # A context window that has not come back for this many evaluations is forgotten.
 REGION_LIFE = 8
@@ -70,7 +70,6 @@ class CacheRun:
         self.context = self._context()
         self.walk = self._walk()
         self.features = self._features()
-        self.space = SlopeSpace if settings.controller.holds_slope else OutputSpace
         self.clock = Clock(setup.sigmas)
         self.started = self.evaluation_started = time.perf_counter()
         self.regions: dict[Window, Engine] = {}
@@ -202,9 +201,15 @@ class CacheRun:
         if reference is None:
             return None
         active = active_branches(call.conds, evaluation.sigma)
-        space = self.space(self.setup.model_sampling, call.timestep, call.x)
+        space = self._space(len(active))(self.setup.model_sampling, call.timestep, call.x)
         same = fingerprint(call.conds, evaluation.sigma, call.x)
         return Pass(evaluation, call.conds, reference, active, call.x, space, same)
+
+    def _space(self, branches: int) -> type[OutputSpace]:
+        """What signals of an evaluation of so many branches are made of."""
+        if self.settings.controller.holds_slope:
+            return SlopeSpace
+        return DenoisedSpace if self.context.solver.noise and branches == 1 else OutputSpace
 
     def _region(self, window: Window) -> Engine:
         assert self.evaluation is not None
@@ -268,6 +273,8 @@ class CacheRun:
         guided = any(len(actions) > 1 for actions in evaluations)
         if settings.difference and not guided:
             self.report.note(messages.NO_UNCOND)
+        if settings.output and guided and self.context.solver.noise:
+            self.report.note(messages.adds_noise_guided(self.setup.sampler_name))
         able = settings.output or reuses or (settings.difference and guided)
         skipped = any({*actions.values()} - {Action.COMPUTE.value} for actions in evaluations)
         if settings.found and settings.output and settings.controller.uses_errors and len(evaluations) <= FEW_STEPS:

@@ -17,6 +17,7 @@ from fastercache_pack.nodes.host.wrappers import attach, last_report
 from support import tiny
 from support.features import chosen_by_node
 from support.runs import evaluations, notes, relative
+from support.trained import Painter, decibels
 
 SIGMAS = torch.tensor([1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
 
@@ -88,8 +89,27 @@ def test_every_sampler_runs_with_features_and_computes_its_last_evaluation(tiny_
     full = tiny.sample(tiny_models("sd3"), "sd3", steps=12, sampler=sampler, cfg=cfg)
     model = attach(tiny_models("sd3"), wish())
     result = tiny.sample(model, "sd3", steps=12, sampler=sampler, cfg=cfg)
-    assert torch.isfinite(result).all() and relative(result, full) < 0.1 and "predicted" not in evaluations(model)
+    assert torch.isfinite(result).all() and relative(result, full) < 0.1
+    assert cfg == 1.0 or "predicted" not in evaluations(model)
     assert set(last_report(model)["evaluations"][-1]["actions"].values()) == {"computed"}
+
+
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "er_sde", "dpmpp_2m_sde"])
+def test_without_guidance_steps_of_samplers_that_add_noise_are_predicted(sampler):
+    """The clean picture behind the noise changes slowly."""
+    painter = Painter("wan")
+    full = painter.full(steps=20, cfg=1.0, sampler=sampler)
+    model = attach(painter.model, automatic("test", 36.0, Window()))
+    assert decibels(painter.paint(model, steps=20, cfg=1.0, sampler=sampler), full) > 36.0
+    assert evaluations(model)["predicted"] >= 3
+
+
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "er_sde"])
+def test_with_guidance_they_are_not_and_that_is_said(tiny_models, sampler):
+    model = attach(tiny_models("sd3"), wish())
+    tiny.sample(model, "sd3", steps=8, sampler=sampler, cfg=4.0)
+    name = last_report(model)["run"]["sampler"]
+    assert "predicted" not in evaluations(model) and messages.adds_noise_guided(name) in notes(model)
 
 
 def test_a_sampler_that_chooses_its_steps_by_the_network_is_left_alone(tiny_models):
