@@ -1,6 +1,7 @@
 """What is known of samplers is what the host's own do: their calls, their noise, and the steps behind corrections."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import comfy.samplers
 import pytest
@@ -67,5 +68,6 @@ def test_the_solver_of_a_run_is_that_of_its_samplers_function(function):
 
 def test_with_churn_a_sampler_adds_noise_and_is_not_corrected():
     sampler = comfy.samplers.KSAMPLER(host_sampler("sample_euler").sampler_function, extra_options={"s_churn": 0.5})
-    solver = RunSetup(None, sampler, tuple(SIGMAS), (1, 1, 2, 2)).solver
+    guided = SimpleNamespace(conds={"positive": [], "negative": []}, cfg=4.0)
+    solver = RunSetup(guided, sampler, tuple(SIGMAS), (1, 1, 2, 2)).solver
     assert solver == Solver(noise=True) and not solver.corrects and not solver.walks_grid
