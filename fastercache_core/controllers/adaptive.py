@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 from torch import Tensor
@@ -84,18 +85,19 @@ class Gap:
 @dataclass(frozen=True)
 class Seen:
     """An error that was seen at the end of a gap of `passed` evaluations that spanned `span` in sigma (0: that does not
-    matter), and whether errors are no larger than expected."""
+    matter), whether errors are no larger than expected, and up to how many times that gap they grow in proportion."""
 
     error: float
     passed: int = 1
     span: float = 0.0
     steady: bool = False
+    trusted: float = TRUSTED
 
     def at(self, gap: int, span: float = 0.0) -> float:
         """The error to expect at the end of a gap of that many evaluations and that span: it grows with the gap, or
         with its span where that grew more."""
         ratio = max(gap / self.passed, span / self.span if self.span else 0.0)
-        return self.error * max(ratio, ratio**2 / TRUSTED)
+        return self.error * max(ratio, ratio**2 / self.trusted)
 
     def reaches(self, span: float) -> bool:
         """False for a span so much larger that the error says nothing of it."""
@@ -121,7 +123,7 @@ class Errors:
     @property
     def of_reuse(self) -> Seen | None:
         """The error of features one evaluation old: it grows with their age and with the span, whichever grew more."""
-        return None if self.reused is None else Seen(self.reused, 1, self.step)
+        return None if self.reused is None else Seen(self.reused, 1, self.step, trusted=inf)
 
 
 PROBED = ("step", "probed", "deep")
@@ -140,15 +142,13 @@ class AdaptiveController:
         # Sum of squared errors still to come, as far as Euler's step would carry them; and of those that were made.
         self.carries = context.solver.amplifies(context.sigmas) ** 2
         self.budget, self.spent = context.solver.law.budget(settings.target) / self.carries, 0.0
-        self.noise = context.solver.noise
-        self.longest = settings.longest if context.solver.corrects or self.noise else LONGEST_UNCORRECTED
-        self.predicts = context.predicts
+        self.settings, self.solver, self.predicts = settings, context.solver, context.predicts
         self.revisits = False  # the sampler comes back to a sigma, as those with two calls a step do
         self._begin()
 
     def choose(self, evaluation: Evaluation, signals: Signals) -> Step:
         """See Controller."""
-        wanted = [*([signals.output] if signals.output else []), *signals.differences]
+        wanted = self._wanted(signals)
         known = _known(wanted)
         if self.last is not None and _holds(signals):
             return self._hold(self.last, evaluation)
@@ -163,7 +163,7 @@ class AdaptiveController:
         age = evaluation.ordinal - self.last.ordinal
         if age < self.reuse_gap:
             return Step(Action.REUSE)
-        return self._skip(signals) if age < self.skip_gap else COMPUTE
+        return Step(self.skip_by) if age < self.skip_gap else COMPUTE
 
     def unit(self, pass_: Pass, cond: Tensor) -> Tensor | None:
         """See Controller."""
@@ -186,7 +186,7 @@ class AdaptiveController:
 
     def finish(self, signals: Signals) -> float | None:
         """See Controller."""
-        known = _known([signals.output, *signals.differences])
+        known = _known(self._wanted(signals))
         for _ in range(1 + self.readback.late):  # what is on its way, and what the last gap did
             self._spend(self._read(known, signals.probe))
         return self.spent
@@ -205,10 +205,13 @@ class AdaptiveController:
         inside = self.low <= evaluation.sigma <= self.high and not evaluation.is_last
         return Step(Action.PREDICT) if inside and age < self.skip_gap else COMPUTE
 
-    def _skip(self, signals: Signals) -> Step:
-        """What skips most: where noise is added, the reference is predicted only where it is alone."""
-        alone = not (self.noise and signals.differences)
-        return Step(Action.PREDICT if self.predicts and alone else Action.ESTIMATE)
+    def _wanted(self, signals: Signals) -> list[Signal | None]:
+        """What is predicted at a skipped evaluation: where noise is added, the output only where it is alone."""
+        output = signals.output if not (self.solver.noise and signals.differences) else None
+        self.skip_by = Action.PREDICT if self.predicts and output else Action.ESTIMATE
+        alone = self.solver.noise and not signals.differences
+        self.longest = self.settings.longest if self.solver.corrects or alone else LONGEST_UNCORRECTED
+        return [*([output] if output else []), *signals.differences]
 
     def _read(self, signals: Sequence[Signal], probe: Probe | None) -> Errors:
         """What is known at the end of the last gap."""

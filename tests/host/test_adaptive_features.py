@@ -126,11 +126,11 @@ def test_where_steps_can_be_predicted_no_feature_is_cached_and_that_is_said(mmdi
     assert messages.features_not_needed("sample_euler") in notes(both)
 
 
-def test_without_negative_pass_and_without_predicted_steps_features_are_what_is_left(unet):
+def test_without_negative_pass_features_fill_what_cannot_be_predicted(unet):
     full = unet.paint(unet.model, cfg=1.0)
     model = attach(unet.model, with_features(wanted(36)))
     assert decibels(unet.paint(model, cfg=1.0), full).min() > 33
-    assert evaluations(model)["reused"] > 5 and set(evaluations(model)) == {"computed", "reused"}
+    assert evaluations(model)["reused"] > 2 and evaluations(model)["computed"] < STEPS - 3
 
 
 def test_without_room_for_features_nothing_runs_twice(unet):
