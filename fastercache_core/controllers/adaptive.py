@@ -145,7 +145,7 @@ class AdaptiveController:
         if self.last is None or len(known) < len(wanted) or not (known or signals.probe):
             return COMPUTE
         if self.last.ordinal == evaluation.ordinal - 1:
-            self._choose_gaps(evaluation, self._read(known, signals.probe))
+            self._choose_gaps(evaluation, self._read(signals))
             if signals.probe:
                 signals.probe.in_vain = self.in_vain
         if evaluation.is_last or not self.low <= evaluation.sigma <= self.high:
@@ -176,9 +176,8 @@ class AdaptiveController:
 
     def finish(self, signals: Signals) -> float | None:
         """See Controller."""
-        known = _known([signals.output, *signals.differences])
         for _ in range(1 + self.readback.late):  # what is on its way, and what the last gap did
-            self._spend(self._read(known, signals.probe))
+            self._spend(self._read(signals))
         return self.spent
 
     def _begin(self) -> None:
@@ -186,10 +185,11 @@ class AdaptiveController:
         self.skip_gap = self.reuse_gap = 1
         self.in_vain = False  # nothing will be reused by what is known: no probe is worth its cost
 
-    def _read(self, signals: Sequence[Signal], probe: Probe | None) -> Errors:
+    def _read(self, signals: Signals) -> Errors:
         """What is known at the end of the last gap."""
+        probe = signals.probe
         errors = {"reused": probe.known} if probe and probe.known is not None else {}
-        predicted = [s.error for s in signals if s.error is not None]
+        predicted = [s.error * weight for s, weight in signals.weighed() if s.known > 1 and s.error is not None]
         if predicted:
             errors = {"predicted": sum(predicted[1:], predicted[0]), **errors}
         if not errors:

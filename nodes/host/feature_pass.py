@@ -22,6 +22,10 @@ from .model_call import ModelCall
 OutOfMemory: type[Exception] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
 
+# A part may change by so many times as much as the whole latent. One from elsewhere changes by more than its own size.
+ALIKE = 2.0
+
+
 class FeaturePass:
     """Feature reuse during one run of one model. notes: what a user should know of it."""
 
@@ -30,17 +34,24 @@ class FeaturePass:
         self.plan = FeaturePlan(settings, model, percent_to_sigma)
         self.notes = self.plan.notes
         self._conditions: dict[Key, Conditions] = {}
+        self._contents: dict[Key, tuple[Tensor, Tensor]] = {}  # what a branch was computed from, and the whole latent then
 
-    def begin(self, evaluation: Evaluation) -> None:
-        """A new evaluation starts."""
+    def begin(self, evaluation: Evaluation, x: Tensor) -> None:
+        """A new evaluation starts at latent `x` [batch, ...]."""
+        self._x = x
         self.plan.update()
         self.plan.cache.begin(evaluation)
 
-    def run(self, call: ModelCall, request: FeatureRequest) -> tuple[Tensor, set[str]]:
-        """One pass of the network: its output, and the kinds of features that came from the cache."""
+    def run(self, call: ModelCall, request: FeatureRequest, tiled: bool = False) -> tuple[Tensor, set[str]]:
+        """One pass of the network: its output, and the kinds of features that came from the cache.
+
+        tiled: it may be of a part of the latent that is another one than it was at the last evaluation.
+        """
         with network_lock(call.network):
             if self.plan.gave_up:
                 return call.run(), set()
+            if tiled:
+                self._forget_moved(request, call.x)
             try:
                 return self._run(call, request)
             except CallsDiffer:
@@ -58,6 +69,11 @@ class FeaturePass:
         for kind in sorted(patched):
             self.plan.note(messages.patched_kind(kind))
         return reusable - patched
+
+    def forget(self) -> None:
+        """Forget every branch, so that all are computed next."""
+        for branch in self._conditions:
+            self.plan.cache.forget(branch)
 
     @staticmethod
     def deep(kinds: Iterable[str]) -> bool:
@@ -89,10 +105,28 @@ class FeaturePass:
                 self.plan.cache.forget(branch)
             self._conditions[branch] = conditions
 
+    def _forget_moved(self, request: FeatureRequest, x: Tensor) -> None:
+        """Forget branches whose input changed by far more than the whole latent did: it is of another part now."""
+        for branch, part in zip(request.branches, x.chunk(len(request.branches)), strict=True):
+            before = self._contents.get(branch)
+            if before and request.reuse and not _moved_alike((before[0], part), (before[1], self._x)):
+                self.plan.cache.forget(branch)
+                self.plan.note(messages.TILES_MOVE)
+            if branch in request.kept and not request.reuse:
+                self._contents[branch] = part.clone(), self._x.clone()
+
     def _start_anew(self, branches: Iterable[Key]) -> None:
         for branch in branches:
             self.plan.cache.forget(branch)
         self.plan.note(messages.PASS_DIFFERS)
+
+
+def _moved_alike(part: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor]) -> bool:
+    """True when a part changed about as much as the whole latent; both as they were and as they are."""
+    if part[0].shape != part[1].shape:
+        return False
+    changes = [(now - before).norm() / before.norm() for before, now in (part, whole)]
+    return bool(changes[0] <= ALIKE * changes[1] + 1e-4)
 
 
 Conditions = list[tuple[Any, Any]]  # (name, object)
