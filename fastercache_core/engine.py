@@ -112,7 +112,9 @@ class Engine:
 
     def _known(self, pass_: Pass) -> Signals:
         others = pass_.others if self.settings.difference else []
-        return Signals(self.output, [self.differences.get(i) for i in others], self.probe, lambda: self._weights(others))
+        return Signals(
+            self.output, [self.differences.get(i) for i in others], self.probe, lambda: self._weights(others)
+        )
 
     def _weights(self, others: Sequence[int]) -> list[float]:
         weights = self.guidance.weights

@@ -24,8 +24,8 @@ NOTHING_WITHIN_INTERVAL = "nothing was skipped: the interval, the window or the 
 TOO_FEW_STEPS = "nothing was skipped: with so few steps, forecasts are not accurate enough"
 TOO_MUCH_CHANGE = "nothing was skipped: too much changes from step to step for forecasts that are accurate enough"
 STEP_BY_STEP = (
-    "nothing was skipped: another node samples one or two steps at a time, and each time nothing is known of those "
-    "before"
+    "nothing was skipped: a run of one or two steps has nothing to predict from, and knows nothing of the runs before "
+    "it"
 )
 NOISE_RISES = "this run goes from less noise to more: nothing is skipped"
 # In so few steps little can be predicted without a policy; in so few nothing.

@@ -101,8 +101,8 @@ class Network(Protocol):
 class RunContext:
     """What a run is, as far as controllers ask.
 
-    sigmas: of the run, noisiest first; timestep(sigma) -> 0..1000: of Stable Diffusion's schedule; late: never let the host wait for the device, see
-    `readback`; predicts, estimates, reuses: which actions the run allows.
+    sigmas: of the run, noisiest first; timestep(sigma) -> 0..1000: of Stable Diffusion's schedule; late: never let
+    the host wait for the device, see `readback`; predicts, estimates, reuses: which actions the run allows.
     """
 
     percent_to_sigma: Callable[[float], float]

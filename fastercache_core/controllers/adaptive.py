@@ -18,7 +18,6 @@ from torch import Tensor
 from .. import messages
 from ..actions import COMPUTE, Action, Step
 from ..clock import Evaluation, Window
-from ..features.probe import Probe
 from ..forecast import REACH_LATENT
 from ..protocols import Controller, ControllerSettings, Pass, RunContext, Signals
 from ..readback import Readback

@@ -18,7 +18,11 @@ class Part(NamedTuple):
 
     def of(self, full: torch.Tensor) -> torch.Tensor | None:
         """The part of a whole latent [batch, ...], None where it has no such part."""
-        if not self.indices or self.dim >= full.ndim or not 0 <= min(self.indices) <= max(self.indices) < full.shape[self.dim]:
+        if (
+            not self.indices
+            or self.dim >= full.ndim
+            or not 0 <= min(self.indices) <= max(self.indices) < full.shape[self.dim]
+        ):
             return None
         return full.index_select(self.dim, torch.tensor(self.indices, device=full.device))
 
@@ -103,7 +107,7 @@ def active_branches(conds: Sequence[Any], sigma: float) -> list[int]:
 
 
 def rows_asked(conds: Sequence[Any], sigma: float, batch: int) -> int:
-    """How many rows the host runs at least for `conds` at `sigma`: those that only fill what others leave may not run."""
+    """How many rows the host runs at least for `conds` at `sigma`; those that only fill what others leave may not."""
     return batch * sum(is_active(c, sigma) and "default" not in c for branch in conds for c in branch or ())
 
 

@@ -23,8 +23,8 @@ class Request:
     """What the engine asked for in one run of the network, and what came of it.
 
     features: None where none are cached; ahead: branches of this evaluation whose features will be stored; only: the
-    one branch that uses features, None for all; tiled: another node may run the latent in parts. rows: what entered the network; reused: branches that took features
-    from the cache, of these kinds.
+    one branch that uses features, None for all; tiled: another node may run the latent in parts. rows: what
+    entered the network; reused: branches that took features from the cache, of these kinds.
     """
 
     features: FeaturePass | None = None
@@ -45,8 +45,8 @@ class Request:
         branches = branch_keys(call.options, call.x.shape, self.seen)
         kept = [branch if self._keeps(branch) else None for branch in branches]
         ahead = [branch for branch in self.ahead if self._keeps(branch)]
-        request = FeatureRequest(branches, kept, self.use is not FeatureUse.STORE, ahead)
-        output, kinds = self.features.run(call, request, self.tiled)
+        request = FeatureRequest(branches, kept, self.use is not FeatureUse.STORE, ahead, self.tiled)
+        output, kinds = self.features.run(call, request)
         if kinds:
             self.reused.update(branch[1] for branch in branches)
             self.kinds |= kinds

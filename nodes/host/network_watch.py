@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# The network answers by itself where at least this share of its blocks run. Guidance by skipped layers leaves out a few.
+# The network answers by itself where at least this share of its blocks run: guidance by skipped layers leaves out few.
 SHARE = 0.5
 
 

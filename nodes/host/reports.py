@@ -60,7 +60,9 @@ def is_part(report: RunReport) -> bool:
 
 
 def continues(before: RunReport, report: RunReport) -> bool:
-    """True where a run goes on where the last one ended, or once more over the same steps."""
+    """True where a run goes on where the last part ended, or once more over the same steps."""
     first, *_, last = before.run.get("last", before.run["sigmas"])
+    if last == 0 and "last" not in before.run:
+        return False  # a picture in a step or two
     start = report.run["sigmas"][0]
     return any(abs(start - sigma) <= GRID_TOLERANCE * start for sigma in (first, last) if start > 0)

@@ -25,10 +25,19 @@ from ...fastercache_core.settings import CacheSettings
 from ...fastercache_core.solvers import Solver
 from ...fastercache_core.walk import Stride, Walk
 from .compatibility import RunSetup, compatible, is_compiled, sampler_name
-from .conditioning import Window, active_branches, branch_name, fingerprint, reference_branch, uuids, window_of
+from .conditioning import (
+    Window,
+    active_branches,
+    branch_name,
+    fingerprint,
+    reference_branch,
+    rows_asked,
+    uuids,
+    window_of,
+)
 from .feature_pass import FeaturePass
 from .learning import law_of
-from .model_call import BranchesCall, ModelCall
+from .model_call import BranchesCall, ModelCall, uncompiled
 from .network import REQUEST_KEY, HostNetwork
 from .network_watch import NetworkWatch
 from .policy_checks import planned
@@ -86,11 +95,14 @@ class CacheRun:
         self.answered: set[int] = set()  # evaluations at which another cache answered
         self.evaluation: Evaluation | None = None
         self.record: EvaluationRecord | None = None
-        self.full_rows, self.probes = 0, 0
+        self.asked, self.rows_each, self.probes = 0, 1.0, 0
 
     def begin(self, x: torch.Tensor, timestep: torch.Tensor) -> None:
         """A new evaluation starts at latent `x` [batch, ...]; timestep: [batch] sigmas."""
         self._close_evaluation()
+        if self.watch is None and not self.context.late:
+            # Before others put something in place of its blocks, as some do for each call.
+            self.watch = NetworkWatch(uncompiled(self.setup.guider.model_patcher.model.diffusion_model))
         sigma = self._sigma(timestep)
         self.x = x
         if self.walk and not self.walk.follows(x):
@@ -124,8 +136,8 @@ class CacheRun:
             self.observer.done(self.evaluation, x, denoised)
 
     def first_pass(self, call: BranchesCall) -> bool:
-        """True for the pass that guidance itself asks for, False for what other nodes add to it, and for one of a part of
-        the latent that cannot be told from others.
+        """True for the pass that guidance itself asks for, False for what other nodes add to it, and for a part of the
+        latent that cannot be told from others.
 
         Skip-layer, perturbed and self-attention guidance run the network again within the same evaluation, with other
         blocks or another latent: those passes are left alone.
@@ -133,6 +145,7 @@ class CacheRun:
         window = window_of(call.options["transformer_options"])
         if self.evaluation is None or window in self.passes:
             return False
+        self.asked = self.asked * bool(self.passes) + rows_asked(call.conds, self.evaluation.sigma, len(call.x))
         self.passes.add(window)
         whole = call.x is self.x or (self.x is not None and torch.equal(call.x, self.x))
         if window is None and not whole:
@@ -168,8 +181,6 @@ class CacheRun:
 
     def network_call(self, call: ModelCall) -> torch.Tensor:
         """One batch through the network: denoised, as the host has it."""
-        if self.watch is None and not is_compiled(self.setup.guider.model_patcher):
-            self.watch = NetworkWatch(call.network)
         request = call.options.get(REQUEST_KEY)
         run = call.run if request is None else lambda: request.serve(call)
         output, ran = self.watch.call(run) if self.watch else (run(), True)
@@ -189,7 +200,7 @@ class CacheRun:
         self._close_errors()
         if self.observer:
             self.observer.closed()
-        if self.answered:
+        if self.answered and messages.EASYCACHE not in self.report.notes:
             self.report.note(messages.answered_elsewhere(len(self.answered), len(self.report.evaluations)))
         elif not self._lost:
             self._explain(reuses)
@@ -315,9 +326,10 @@ class CacheRun:
             record, actions = self.record, {Action(action) for action in self.record.actions.values()}
             record.seconds = now - self.evaluation_started
             computed = record.rows - record.probe_rows
-            if not actions & {Action.ESTIMATE, Action.PREDICT} and record.ordinal not in self.answered:
-                self.full_rows = computed
-            record.rows_full = max(self.full_rows, computed)
+            whole = computed >= self.asked > 0 and record.ordinal not in self.answered
+            if whole and not actions & {Action.ESTIMATE, Action.PREDICT}:
+                self.rows_each = computed / self.asked  # more than one where other nodes run passes, or tiles, beside
+            record.rows_full = max(round(self.asked * self.rows_each), computed)
             self.report.note_memory([*self.regions.values(), *([self.features] if self.features else [])])
         self.record = None
         self.evaluation_started = now
@@ -360,7 +372,13 @@ class CacheRun:
             self.report.note(messages.NO_UNCOND)
         able = settings.output or reuses or (settings.difference and guided)
         skipped = any({*actions.values()} - {Action.COMPUTE.value} for actions in evaluations)
-        if settings.found and settings.output and settings.controller.uses_errors and messages.NO_STEPS < steps <= messages.FEW_STEPS:
+        skipped |= self.report.totals()["cost"] < 1.0  # in some windows
+        if (
+            settings.found
+            and settings.output
+            and settings.controller.uses_errors
+            and messages.NO_STEPS < steps <= messages.FEW_STEPS
+        ):
             predicted = sum({*actions.values()} == {Action.PREDICT.value} for actions in evaluations)
             if predicted < LITTLE * len(evaluations):
                 self.report.note(messages.policy_would_help(POLICY_PICTURES))

@@ -56,7 +56,7 @@ def test_what_the_fit_leaves_over_counts_as_coming_from_the_differences() -> Non
 @pytest.mark.parametrize("branches", [0, 1])
 def test_what_cannot_be_measured_counts_as_large(branches: int) -> None:
     """Guidance from passes that nobody saw, and values that are no numbers."""
-    cond, unseen, uncond, *_ = fields(3)
+    cond, uncond = fields(2)
     others = [uncond][:branches]
     hidden = measured(cond + 8.0 * torch.randn(SHAPE), cond, others)
     broken = measured(torch.full(SHAPE, float("nan")), cond, others)

@@ -11,7 +11,7 @@ from fastercache_pack.fastercache_core.features.probe import Probe
 from fastercache_pack.fastercache_core.metrics import psnr
 from fastercache_pack.fastercache_core.signal import Signal
 from fastercache_pack.nodes.fastercache import automatic
-from fastercache_pack.nodes.host.wrappers import attach
+from fastercache_pack.nodes.host.wrappers import attach, last_report
 
 from support import tiny
 from support.features import chosen_by_node

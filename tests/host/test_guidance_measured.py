@@ -2,6 +2,7 @@
 
 import json
 
+import comfy.sample
 import comfy.samplers
 import pytest
 import torch
@@ -10,6 +11,7 @@ from fastercache_pack.fastercache_core.clock import Window
 from fastercache_pack.nodes.fastercache import PRESETS
 from fastercache_pack.nodes.host.wrappers import attach, last_report
 
+from support.others import Named, Scheduled
 from support.runs import evaluations, notes, relative, totals
 from support.tiny import conditioning
 from support.trained import Painter, decibels
@@ -18,39 +20,11 @@ BALANCED = PRESETS["balanced"](Window())
 STEPS = 30
 
 
-class Scheduled(comfy.samplers.CFGGuider):
-    """Has no scale to be read: makes one up itself at every step, from 12 down to 1."""
-
-    def __init__(self, model):
-        super().__init__(model)
-        del self.cfg
-
-    def scale(self, sigma):
-        return 1 + 11 * sigma
-
-    def predict_noise(self, x, timestep, model_options=None, seed=None):
-        conds = [self.conds["positive"], self.conds["negative"]]
-        cond, uncond = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, model_options)
-        return uncond + (cond - uncond) * self.scale(float(timestep[0]))
-
-
 class Jumps(Scheduled):
     """Hardly guides at first, and strongly later on."""
 
     def scale(self, sigma):
         return 1.5 if sigma > 0.7 else 9.0
-
-
-class Named(comfy.samplers.CFGGuider):
-    """Calls its conditionings something else, and lists the negative one first."""
-
-    def set_conds(self, positive, negative):
-        self.inner_set_conds({"xt_positive": positive, "xt_negative": negative})
-
-    def predict_noise(self, x, timestep, model_options=None, seed=None):
-        conds = [self.conds["xt_negative"], self.conds["xt_positive"]]
-        uncond, cond = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, model_options)
-        return uncond + (cond - uncond) * 4.5
 
 
 class Odd(comfy.samplers.CFGGuider):
