@@ -219,7 +219,9 @@ sampling in dB.
 | MagCache (Wan) | 38.5 | 35.4 | 38.5 | 57.0 |
 | Spectrum for SDXL (UNet) | 27.3 | 24.6 | 28.4 | 49.5 |
 | Spectrum for SDXL (MMDiT) | 21.4 | 21.4 | 27.5 | 48.3 |
-FBCROWS
+| First Block Cache of WaveSpeed (MMDiT) | 40.3 | 42.5 | 42.5 | 48.3 |
+| First Block Cache of WaveSpeed (UNet) | 40.8 | 49.7 | 49.7 | 49.5 |
+
 Impact Pack, Ultimate SD Upscale, Efficiency Nodes, Inspire Pack, KJNodes (ScheduledCFG, WanNAG, EnhanceAVideo),
 Skimmed CFG, AutomaticCFG, PLADIS, HyperTile, DeepShrink and Detail Daemon were tried with an earlier version: they
 work.
