@@ -12,6 +12,7 @@ bands         the low and high spatial frequencies of a tensor
 paper_weights  the band weights of CFG-Cache
 solvers       facts about samplers: calls, order, noise, steps
 walk          whether a latent moves as a solver moves it
+guidance      how far the guided result moves with the branches it is made of, measured
 corrector     correcting what forecasts got wrong once the next evaluation is computed
 readback      small results of the device, for the host to decide by
 features      parts of the network from the cache, within a memory budget

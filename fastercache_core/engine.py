@@ -12,6 +12,7 @@ from torch import Tensor
 from .actions import Action, Step
 from .corrector import Corrector
 from .features.probe import Probe
+from .guidance import Guidance
 from .protocols import FeatureUse, Network, Observer, Pass, Result, RunContext, Signals
 from .settings import CacheSettings
 from .signal import Signal, rms
@@ -39,6 +40,10 @@ class Engine:
         self.correctors: dict[int, Corrector] = {}
         self.corrects = settings.controller.corrects and context.solver.corrects
         self.probe = Probe() if settings.controller.probes and context.reuses else None
+        self.guidance = Guidance(context.late)
+        self.watches = settings.controller.uses_errors or self.probe is not None
+        self.made: tuple[Pass, Outcome] | None = None  # until the guider has made one latent of it
+        self.crowded = False  # other nodes ran as many branches again: a predicted step saves little and harms them all
         self.fingerprint: Any = None
         self.used_at, self.computed_at = -1, -1
         self.before: list[Tensor] = []  # signals of the last computed evaluation, until the first probe
@@ -51,7 +56,23 @@ class Engine:
         step = self._decide(pass_)
         outcome = self._act(step, pass_, network)
         self._observe(outcome, pass_)
-        return self._correct(step, outcome, pass_)
+        outcome = self._correct(step, outcome, pass_)
+        self.made = (pass_, outcome) if pass_.has_reference else None
+        return outcome
+
+    def guided(self, denoised: Tensor, extras: Sequence[Tensor] = ()) -> None:
+        """The guider made `denoised` of the outputs of the last evaluation, and of `extras` that other nodes computed;
+        all [batch, ...]."""
+        made, self.made = self.made, None
+        if made is None:
+            return
+        pass_, outcome = made
+        self.crowded = len(extras) >= len(pass_.active)
+        if not self.watches:
+            return
+        outputs, computed = outcome.outputs, outcome.action is Action.COMPUTE
+        others = {i: outputs[i] for i in pass_.others}
+        self.guidance.measure(denoised, outputs[pass_.reference], others, extras, computed)
 
     def reset(self) -> None:
         """Forget everything, so that the next evaluation is computed."""
@@ -66,7 +87,8 @@ class Engine:
 
     def finish(self) -> float | None:
         """The run is over: see Controller."""
-        return self.controller.finish(Signals(self.output, [*self.differences.values()], self.probe))
+        weights = lambda: self._weights([*self.differences])
+        return self.controller.finish(Signals(self.output, [*self.differences.values()], self.probe, weights))
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
@@ -83,11 +105,20 @@ class Engine:
     def _decide(self, pass_: Pass) -> Step:
         if not pass_.has_reference:
             return Step(Action.COMPUTE)
-        return self.controller.choose(pass_.evaluation, self._known(pass_))
+        if self.settings.controller.uses_errors and self.guidance.rose:
+            return Step(Action.COMPUTE)
+        step = self.controller.choose(pass_.evaluation, self._known(pass_))
+        return Step(Action.COMPUTE) if step.action is Action.PREDICT and self.crowded else step
 
     def _known(self, pass_: Pass) -> Signals:
-        differences = [self.differences.get(i) for i in pass_.others] if self.settings.difference else []
-        return Signals(self.output, differences, self.probe)
+        others = pass_.others if self.settings.difference else []
+        return Signals(
+            self.output, [self.differences.get(i) for i in others], self.probe, lambda: self._weights(others)
+        )
+
+    def _weights(self, others: Sequence[int]) -> list[float]:
+        weights = self.guidance.weights
+        return [weights.output, *map(weights.of, others)]
 
     # Act
 
@@ -156,11 +187,11 @@ class Engine:
 
     def _error(self, outputs: Sequence[Tensor], true: Sequence[Tensor], pass_: Pass) -> Tensor:
         """Relative error of the latent's slope by denoised `outputs` in place of `true` ones, [batch]."""
-        space, reference = pass_.space, pass_.reference
-        error = rms(space.difference(outputs[reference], true[reference]))
+        space, reference, weights = pass_.space, pass_.reference, self.guidance.weights
+        error = rms(space.difference(outputs[reference], true[reference])) * weights.output
         for i in pass_.others:
             change = (outputs[i] - outputs[reference]) - (true[i] - true[reference])
-            error = error + rms(change / space.scale) * self._guidance
+            error = error + rms(change / space.scale) * weights.of(i)
         return error * space.unit(pass_.x)
 
     # Observe
@@ -181,9 +212,8 @@ class Engine:
         if self.output:
             self.output.observe(sigma, space.output(cond), unit)
         if self.settings.difference:
-            guided = None if unit is None else unit * self._guidance
             for i in pass_.others:
-                self._difference(i).observe(sigma, space.difference(outcome.outputs[i], cond), guided)
+                self._difference(i).observe(sigma, space.difference(outcome.outputs[i], cond), unit)
 
     def _compare(self, outcome: Outcome, pass_: Pass) -> None:
         """Tell the probe, before its first time, how far the outputs changed: it may not be worth while."""
@@ -193,8 +223,8 @@ class Engine:
         space, cond = pass_.space, outcome.outputs[pass_.reference]
         now = [space.output(cond), *(space.difference(outcome.outputs[i], cond) for i in pass_.others)]
         if len(self.before) == len(now):
-            own, *others = [rms(a - b) for a, b in zip(now, self.before, strict=True)]
-            change = sum((self._guidance * other for other in others), own)
+            changes = [rms(a - b) for a, b in zip(now, self.before, strict=True)]
+            change = sum(w * change for w, change in zip(self._weights(pass_.others), changes, strict=True))
             self.probe.changed(pass_.evaluation, change * space.unit(pass_.x))
         self.before = now
 
@@ -203,11 +233,6 @@ class Engine:
             assert self.settings.difference is not None
             self.differences[index] = self.settings.difference.signal(self.context.percent_to_sigma)
         return self.differences[index]
-
-    @property
-    def _guidance(self) -> float:
-        """By how much an error of a difference is multiplied in the guided output."""
-        return abs(self.context.guidance_scale - 1)
 
     def _signals(self) -> list[Signal]:
         return [*([self.output] if self.output else []), *self.differences.values()]

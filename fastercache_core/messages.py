@@ -12,20 +12,34 @@ from .law import Law
 # Run
 
 NOTHING_ON = "every method is switched off: nothing is skipped"
-NO_REFERENCE = "the positive conditioning of this guider was not found: nothing is skipped"
+NO_REFERENCE = "which of this guider's conditionings is the positive one could not be found: nothing is skipped"
+GUIDANCE_UNKNOWN = (
+    "how strongly this guider weighs its conditionings could not be measured at every step: it counts as strong there, "
+    "and less is skipped"
+)
+UNKNOWN_REGION = "another node samples the latent in parts that cannot be told apart: they are always computed"
+LATENT_MOVED = "between two steps something else moved the latent: what was known of it was dropped there"
 NO_UNCOND = "no unconditional pass to skip: cfg is 1.0, there is no negative, or another node runs it by itself"
 NOTHING_WITHIN_INTERVAL = "nothing was skipped: the interval, the window or the small number of steps left no room"
-FORECASTS_TOO_POOR = (
-    "nothing was skipped: the forecasts of this run were not accurate enough, with too few steps or too much change "
-    "between them"
+TOO_FEW_STEPS = "nothing was skipped: with so few steps, forecasts are not accurate enough"
+TOO_MUCH_CHANGE = "nothing was skipped: too much changes from step to step for forecasts that are accurate enough"
+STEP_BY_STEP = (
+    "nothing was skipped: a run of one or two steps has nothing to predict from, and knows nothing of the runs before "
+    "it"
 )
+NOISE_RISES = "this run goes from less noise to more: nothing is skipped"
+# In so few steps little can be predicted without a policy; in so few nothing.
+FEW_STEPS, NO_STEPS = 12, 2
 
 
-def nothing_skipped(uses_errors: bool, features_may_help: bool) -> str:
+def nothing_skipped(uses_errors: bool, steps: int, features_may_help: bool) -> str:
     """Why nothing was skipped. uses_errors: skipping depends on error estimates; features_may_help: none were used."""
+    if steps <= NO_STEPS:
+        return STEP_BY_STEP
     if not uses_errors:
         return NOTHING_WITHIN_INTERVAL
-    return FORECASTS_TOO_POOR + ("; feature_reuse may still save something" if features_may_help else "")
+    reason = TOO_FEW_STEPS if steps <= FEW_STEPS else TOO_MUCH_CHANGE
+    return reason + ("; feature_reuse may still save something" if features_may_help else "")
 
 
 below_target = "{:g} dB counts as {:g} dB with sampler {}: below that, its forecasts are not reliable".format
@@ -36,13 +50,10 @@ features_not_needed = (
 probed = "features were probed {} times: a computed step was run once more with features from the cache".format
 
 
-def features_not_reused(were_probed: bool) -> str:
+def features_not_reused(were_probed: bool, steps: int) -> str:
     """Why cached features were never used. were_probed: their error was measured."""
-    reason = (
-        "with them the picture would miss the target"
-        if were_probed
-        else "there are too few steps, or too much changes between them"
-    )
+    early = "there are too few steps" if steps <= FEW_STEPS else "too much changes from step to step"
+    reason = "with them the picture would miss the target" if were_probed else early
     return f"features were cached but not reused: {reason}"
 
 
@@ -72,9 +83,14 @@ def learnt(kind: str, law: Law, unknown: Law) -> str:
 # Compatibility
 
 EASYCACHE = "EasyCache or LazyCache is on the same model: nothing is skipped here, remove one of the two"
+answered_elsewhere = (
+    "another node on this model answered in place of the network at {} of {} steps: from the first one on nothing is "
+    "skipped here, remove one of the two"
+).format
+TILES_MOVE = "another node samples the latent in parts that move from step to step: no features are reused for those"
 MULTIGPU = "sampling on several GPUs at once is not supported yet: nothing is skipped"
 NAG = "NAGuidance mixes the branches inside the network and needs both in every pass: nothing is skipped"
-BRANCHES_ONE_BY_ONE = "another node runs the branches one by one: no step is predicted"
+CROWDED = "another node runs as many passes again for each step: no step is predicted beside them"
 unknown_sampler = "the network calls of sampler {} are not known beforehand: nothing is skipped".format
 unknown_reuses = (
     "sampler {} is not known here: no step and no negative pass is predicted; features are reused with much reserve, "

@@ -101,13 +101,11 @@ class Network(Protocol):
 class RunContext:
     """What a run is, as far as controllers ask.
 
-    guidance_scale: by which differences between branches are multiplied; sigmas: of the run, noisiest first;
-    timestep(sigma) -> 0..1000: of Stable Diffusion's schedule; late: never let the host wait for the device, see
-    `readback`; predicts, estimates, reuses: which actions the run allows.
+    sigmas: of the run, noisiest first; timestep(sigma) -> 0..1000: of Stable Diffusion's schedule; late: never let
+    the host wait for the device, see `readback`; predicts, estimates, reuses: which actions the run allows.
     """
 
     percent_to_sigma: Callable[[float], float]
-    guidance_scale: float
     solver: Solver
     sigmas: tuple[float, ...]
     timestep: Callable[[float], float]
@@ -122,12 +120,21 @@ class Signals:
     """What a controller decides by: the signals of a region, as they are before an evaluation.
 
     output: of the conditional branch, None where evaluations are not predicted; differences: of the other active
-    branches, None for one that was never computed; probe: errors of reused features, where they are probed.
+    branches, None for one that was never computed; probe: errors of reused features, where they are probed. weights():
+    how far the guided result moves for one unit of an error of each, the output's first; None: all count the same.
     """
 
     output: Signal | None
     differences: Sequence[Signal | None]
     probe: Probe | None = None
+    weights: Callable[[], Sequence[float]] | None = None
+
+    def weighed(self, output: bool = True) -> list[tuple[Signal, float]]:
+        """Those that were computed, with their weights; output: with that of the conditional branch."""
+        signals = [self.output, *self.differences]
+        weights = self.weights() if self.weights else [1.0] * len(signals)
+        pairs = list(zip(signals, weights, strict=True))
+        return [(signal, weight) for signal, weight in pairs[not output :] if signal]
 
 
 class Controller(Protocol):

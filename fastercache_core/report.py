@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -51,6 +51,19 @@ class RunReport:
         """Add a sentence, once."""
         if sentence not in self.notes:
             self.notes.append(sentence)
+
+    def add(self, other: RunReport) -> None:
+        """Go on with the report of a run that sampled the next steps of the same picture."""
+        for record in other.evaluations:
+            self.evaluations.append(replace(record, ordinal=len(self.evaluations)))
+        self.seconds += other.seconds
+        for device, size in other.cache_bytes.items():
+            self.cache_bytes[device] = max(self.cache_bytes.get(device, 0), size)
+        for sentence in other.notes:
+            self.note(sentence)
+        self.run["runs"] = self.run.get("runs", 1) + 1
+        self.run["steps"] += other.run["steps"]
+        self.run["last"] = other.run["sigmas"]
 
     def note_memory(self, holders: Iterable[Holder]) -> None:
         """Count the bytes that `holders` hold now, per device; the peak is kept."""
@@ -111,7 +124,7 @@ def summary_line(report: Mapping[str, Any]) -> str:
 def full_text(report: Mapping[str, Any]) -> str:
     """The report as text for a person: totals, the run, notes, then one line an evaluation."""
     run = report["run"]
-    head = [f"{key}: {run[key]}" for key in ("model", "sampler", "steps", "cfg") if key in run]
+    head = [f"{key}: {run[key]}" for key in ("model", "sampler", "steps", "runs", "cfg") if key in run]
     head += [f"features: {features_text(run['features'])}"] if run.get("features", {}).get("sites") else []
     head += closeness(run)
     notes = [f"note: {note}" for note in report["notes"]]

@@ -10,6 +10,8 @@ from .solvers import Solver
 
 # A step may end so far from where the solver's would, as a share of its length.
 TOLERANCE = 0.001
+# A latent that moved so many times as far as the step is long was moved by something else.
+TOO_FAR = 3.0
 
 
 class Walk:
@@ -42,3 +44,22 @@ class Walk:
         weights = self.solver.step_weights(last, sigma, following)
         moved = sum(w * d for w, d in zip(weights, self.denoised, strict=False))
         return following / sigma * x + moved
+
+
+class Stride:
+    """Whether a latent moves from one evaluation to the next about as far as the slope there says."""
+
+    def __init__(self) -> None:
+        self.before: tuple[Tensor, Tensor, float] | None = None  # latent, norm of its slope, sigma
+
+    def strays(self, x: Tensor, sigma: float) -> bool:
+        """True when the latent `x` [batch, ...] at `sigma` is too far from where it was. Reads one value from the
+        device."""
+        if self.before is None or self.before[0].shape != x.shape:
+            return False
+        before, slope, last = self.before
+        return bool((x - before).norm() > TOO_FAR * abs(last - sigma) * slope + TOLERANCE * x.norm())
+
+    def took(self, x: Tensor, sigma: float, denoised: Tensor) -> None:
+        """The evaluation at latent `x` gave the guided `denoised`, both [batch, ...]."""
+        self.before = (x.clone(), ((x - denoised) / max(sigma, 1e-9)).norm(), sigma)

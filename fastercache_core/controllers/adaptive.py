@@ -19,7 +19,6 @@ from torch import Tensor
 from .. import messages
 from ..actions import COMPUTE, Action, Step
 from ..clock import Evaluation, Window
-from ..features.probe import Probe
 from ..forecast import REACH_LATENT
 from ..protocols import Controller, ControllerSettings, Pass, RunContext, Signals
 from ..readback import Readback
@@ -148,14 +147,15 @@ class AdaptiveController:
 
     def choose(self, evaluation: Evaluation, signals: Signals) -> Step:
         """See Controller."""
-        wanted = self._wanted(signals)
+        signals = self._served(signals)
+        wanted = [*([signals.output] if signals.output else []), *signals.differences]
         known = _known(wanted)
         if self.last is not None and _holds(signals):
             return self._hold(self.last, evaluation)
         if self.last is None or len(known) < len(wanted) or not (known or signals.probe):
             return COMPUTE
         if self.last.ordinal == evaluation.ordinal - 1:
-            self._choose_gaps(evaluation, self._read(known, signals.probe))
+            self._choose_gaps(evaluation, self._read(signals))
             if signals.probe:
                 signals.probe.in_vain = self.in_vain
         if evaluation.is_last or not self.low <= evaluation.sigma <= self.high:
@@ -186,9 +186,9 @@ class AdaptiveController:
 
     def finish(self, signals: Signals) -> float | None:
         """See Controller."""
-        known = _known(self._wanted(signals))
+        signals = self._served(signals)
         for _ in range(1 + self.readback.late):  # what is on its way, and what the last gap did
-            self._spend(self._read(known, signals.probe))
+            self._spend(self._read(signals))
         return self.spent
 
     def _begin(self) -> None:
@@ -205,18 +205,19 @@ class AdaptiveController:
         inside = self.low <= evaluation.sigma <= self.high and not evaluation.is_last
         return Step(Action.PREDICT) if inside and age < self.skip_gap else COMPUTE
 
-    def _wanted(self, signals: Signals) -> list[Signal | None]:
+    def _served(self, signals: Signals) -> Signals:
         """What is predicted at a skipped evaluation: where noise is added, the output only where it is alone."""
-        output = signals.output if not (self.solver.noise and signals.differences) else None
-        self.skip_by = Action.PREDICT if self.predicts and output else Action.ESTIMATE
-        alone = self.solver.noise and not signals.differences
-        self.longest = self.settings.longest if self.solver.corrects or alone else LONGEST_UNCORRECTED
-        return [*([output] if output else []), *signals.differences]
+        guided, noise = bool(signals.differences), self.solver.noise
+        signals = replace(signals, output=None) if noise and guided else signals
+        self.skip_by = Action.PREDICT if self.predicts and not (noise and guided) else Action.ESTIMATE
+        self.longest = self.settings.longest if self.solver.corrects or (noise and not guided) else LONGEST_UNCORRECTED
+        return signals
 
-    def _read(self, signals: Sequence[Signal], probe: Probe | None) -> Errors:
+    def _read(self, signals: Signals) -> Errors:
         """What is known at the end of the last gap."""
+        probe = signals.probe
         errors = {"reused": probe.known} if probe and probe.known is not None else {}
-        predicted = [s.error for s in signals if s.error is not None]
+        predicted = [s.error * weight for s, weight in signals.weighed() if s.known > 1 and s.error is not None]
         if predicted:
             errors = {"predicted": sum(predicted[1:], predicted[0]), **errors}
         if not errors:

@@ -17,7 +17,6 @@ from torch import Tensor
 from ..actions import COMPUTE, Action, Step
 from ..clock import Evaluation, Interval
 from ..protocols import Controller, ControllerSettings, Pass, RunContext, Signals
-from ..signal import Signal
 from ..solvers import Solver
 
 
@@ -64,12 +63,12 @@ class IntervalController:
         output, differences = signals.output, [d for d in signals.differences if d and d.ready]
         if len(differences) == len(signals.differences):
             predicts = output and output.ready and self.predict and self.predict.may_skip(evaluation)
-            if output and predicts and self.may_predict.allows(local_errors([output, *differences], evaluation)):
+            if output and predicts and self.may_predict.allows(local_errors(signals, evaluation)):
                 return Step(Action.PREDICT)
             if differences and self.estimate and self.estimate.may_skip(evaluation):
                 # An error may be as large as the share of the work that it saves.
                 share = len(differences) / (len(differences) + 1)
-                if self.may_estimate.allows(error / share for error in local_errors(differences, evaluation)):
+                if self.may_estimate.allows(error / share for error in local_errors(signals, evaluation, output=False)):
                     return Step(Action.ESTIMATE)
         # A difference is only meaningful between branches that were computed alike.
         alike = not (self.estimates and signals.differences)
@@ -128,13 +127,13 @@ class Tolerance:
         return self.opened
 
 
-def local_errors(signals: Sequence[Signal], evaluation: Evaluation) -> Iterable[float]:
+def local_errors(signals: Signals, evaluation: Evaluation, output: bool = True) -> Iterable[float]:
     """Expected relative change of the latent when each of `signals` is predicted at `evaluation`.
 
-    Infinite before a forecast was compared.
+    Infinite before a forecast was compared. output: with that of the conditional branch.
     """
-    for signal in signals:
-        rate = signal.largest_error() / node_product(signal.error_nodes, signal.error_sigma)
+    for signal, weight in signals.weighed(output):
+        rate = weight * signal.largest_error() / node_product(signal.error_nodes, signal.error_sigma)
         yield rate * evaluation.step * node_product(signal.forecaster.nodes, evaluation.sigma)
 
 

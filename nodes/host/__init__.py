@@ -3,6 +3,7 @@
 wrappers        puts settings on a clone of a MODEL; the host's calls, with their arguments by name
 run             one sampling run: an engine for every region, and the report
 network         the host's network, as the engine runs it
+network_watch   whether the network itself answers, or a cache of another node
 model_call      the host's calls as data
 conditioning    which conditioning is which, and when it changes
 prediction      between the host's denoised latents and the network's output space
@@ -19,5 +20,6 @@ fingerprint     which model this is, and which size of picture
 found           policies that Auto-FR found, kept in a file for each model, sampler and steps
 learning        what the errors of a run mean on the user's own model, kept in a file
 user_files      small files in the user's own folders
+reports         where a run's report goes; many short runs of one picture are told together
 announce        tells the web page what a run skipped
 """

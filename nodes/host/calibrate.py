@@ -138,14 +138,14 @@ class FeatureRecorder(Recorder):
         assert isinstance(network, HostNetwork)
         evaluation = pass_.evaluation
         for key, cache in [] if evaluation.is_last else self.caches:
-            cache.begin(evaluation)
+            cache.begin(evaluation, pass_.x)
             result = CountedNetwork(network.using(cache), self.flops).run(pass_, pass_.branches, FeatureUse.REUSE)
             if not result.reused:
                 raise CalibrationError(messages.NOT_REUSABLE)
             self.reference.add_reused(key, evaluation.ordinal, *in_output_space(result.outputs, pass_))
         cache = self.caches.pop()[1] if len(self.caches) == TRIES else self._new_cache()
         self.caches.insert(0, (evaluation.ordinal, cache))
-        cache.begin(evaluation)
+        cache.begin(evaluation, pass_.x)
         return CountedNetwork(super().before(pass_, network.using(cache)), self.flops)
 
     def closed(self) -> None:

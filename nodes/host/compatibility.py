@@ -63,10 +63,9 @@ class RunSetup:
         return len(self.guider.conds) < 2 or self.cfg == 1.0
 
     @property
-    def guidance_scale(self) -> float:
-        """The largest scale by which the guider multiplies differences between its branches."""
-        scales = [getattr(self.guider, name, 1.0) for name in ("cfg", "cfg1", "cfg2")]
-        return max(scale for scale in scales if isinstance(scale, (int, float)))
+    def steps(self) -> int:
+        """How many steps the sampler takes."""
+        return len(self.sigmas) - 1
 
     @property
     def model_sampling(self) -> Any:
@@ -144,6 +143,8 @@ def _no_caching(settings: CacheSettings, setup: RunSetup) -> str | None:
     patches = transformer_options.get("patches", {}).get("attn1_output_patch", [])
     if any("NAGuidance" in getattr(patch, "__qualname__", "") for patch in patches):
         return messages.NAG
+    if setup.sigmas[-1] > setup.sigmas[0]:
+        return messages.NOISE_RISES
     if setup.solver is None:
         return messages.sampler_adapts(setup.sampler_name)
     if setup.solver.known or (settings.controller.probes and settings.reuse):
@@ -155,8 +156,6 @@ def _no_prediction(settings: CacheSettings, setup: RunSetup, corrected: bool) ->
     solver, name = setup.solver, setup.sampler_name
     if solver and not solver.known:
         return _not_known(setup)
-    if "sampler_calc_cond_batch_function" in setup.guider.model_options:
-        return messages.BRANCHES_ONE_BY_ONE
     if solver and solver.noise:
         return None if solver.calls == 1 and settings.controller.uses_errors else messages.adds_noise(name)
     if solver and (solver.calls > 1 or solver.order > 1) and not corrected:

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-Window = tuple[int, ...] | None
+
+class Part(NamedTuple):
+    """A part of a latent that is denoised by itself: its indices in one dimension."""
+
+    indices: tuple[int, ...]
+    dim: int
+
+    def of(self, full: torch.Tensor) -> torch.Tensor | None:
+        """The part of a whole latent [batch, ...], None where it has no such part."""
+        if (
+            not self.indices
+            or self.dim >= full.ndim
+            or not 0 <= min(self.indices) <= max(self.indices) < full.shape[self.dim]
+        ):
+            return None
+        return full.index_select(self.dim, torch.tensor(self.indices, device=full.device))
+
+
+Window = Part | None  # None: the whole latent
 # A conditioning in the host's terms: its uuid, its place in the guider's list, the window, the latent's shape, and how
 # often the same came before in one evaluation.
 Key = tuple[str, int, Window, tuple[int, ...], int]
@@ -17,9 +35,18 @@ Cond = Mapping[str, Any]
 
 
 def window_of(options: Mapping[str, Any]) -> Window:
-    """Identity of the context window that runs now, None for the whole latent. options: the transformer's."""
-    window = options.get("context_window")
-    return tuple(window.index_list) if window is not None else None
+    """The context window that runs now, as the host or AnimateDiff-Evolved tell it; None where there is none.
+
+    options: the transformer's.
+    """
+    window, params = options.get("context_window"), options.get("ad_params")
+    indices, dim = getattr(window, "index_list", None), getattr(window, "dim", None)
+    if indices is None and isinstance(params, Mapping):
+        indices, dim = params.get("sub_idxs"), 0
+    try:
+        return None if indices is None or dim is None else Part(tuple(map(int, indices)), int(dim))
+    except (TypeError, ValueError):
+        return None
 
 
 def branch_keys(options: Mapping[str, Any], shape: torch.Size, seen: Counter[Any]) -> list[Key]:
@@ -48,13 +75,12 @@ def keys_ahead(conds: Sequence[Any], window: Window, shape: torch.Size, sigma: f
     ]
 
 
-def reference_branch(conds: Sequence[Any], guider_conds: Mapping[str, Any]) -> int | None:
-    """Index in `conds` of the guider's positive conditioning, None when it is not among them.
+def reference_branch(conds: Sequence[Any], positive: Sequence[str]) -> int | None:
+    """Index in `conds` of the branch with the uuids `positive`, None when it is not among them.
 
     Guiders order their lists differently and windows copy them, but the uuids stay.
     """
-    positive = _uuids(guider_conds.get("positive"))
-    return next((i for i, branch in enumerate(conds) if branch and _uuids(branch) == positive), None)
+    return next((i for i, branch in enumerate(conds) if branch and uuids(branch) == positive), None)
 
 
 def branch_name(index: int, reference: int, count: int) -> str:
@@ -80,6 +106,11 @@ def active_branches(conds: Sequence[Any], sigma: float) -> list[int]:
     return [i for i, branch in enumerate(conds) if any(is_active(cond, sigma) for cond in branch or ())]
 
 
+def rows_asked(conds: Sequence[Any], sigma: float, batch: int) -> int:
+    """How many rows the host runs at least for `conds` at `sigma`; those that only fill what others leave may not."""
+    return batch * sum(is_active(c, sigma) and "default" not in c for branch in conds for c in branch or ())
+
+
 def step_hooks(model: Any, conds: Sequence[Any], sigma: float, timestep: torch.Tensor, options: Any) -> None:
     """Count this evaluation for the keyframes of every active conditioning's hooks.
 
@@ -96,7 +127,8 @@ def _is_between(sigma: float, start: Any, end: Any) -> bool:
     return float(np.float32(float(end))) <= sigma <= float(np.float32(float(start)))
 
 
-def _uuids(branch: Any) -> list[str]:
+def uuids(branch: Any) -> list[str]:
+    """The host's uuids of a branch's conditionings."""
     return [str(cond.get("uuid")) for cond in branch or ()]
 
 

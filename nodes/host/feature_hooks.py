@@ -35,13 +35,15 @@ class FeatureRequest:
     """What is asked of one pass.
 
     branches: identities of the chunks of the batch; kept: the same, None where features are not stored; reuse: take
-    what is fresh from the cache; ahead: branches of this evaluation that run in other passes and will be stored.
+    what is fresh from the cache; ahead: branches of this evaluation that run in other passes and will be stored; tiled:
+    they may be of a part of the latent, another one than at the last evaluation.
     """
 
     branches: Sequence[Any]
     kept: Sequence[Any | None]
     reuse: bool
     ahead: Sequence[Any] = ()
+    tiled: bool = False
 
 
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()

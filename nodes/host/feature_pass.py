@@ -22,6 +22,11 @@ from .model_call import ModelCall
 OutOfMemory: type[Exception] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
 
+# A part may change by so many times as much as the whole latent, and by no more than its own size: one from elsewhere
+# does.
+ALIKE = 1.5
+
+
 class FeaturePass:
     """Feature reuse during one run of one model. notes: what a user should know of it."""
 
@@ -30,9 +35,13 @@ class FeaturePass:
         self.plan = FeaturePlan(settings, model, percent_to_sigma)
         self.notes = self.plan.notes
         self._conditions: dict[Key, Conditions] = {}
+        self._contents: dict[
+            Key, tuple[Tensor, Tensor]
+        ] = {}  # what a branch was computed from, and the whole latent then
 
-    def begin(self, evaluation: Evaluation) -> None:
-        """A new evaluation starts."""
+    def begin(self, evaluation: Evaluation, x: Tensor) -> None:
+        """A new evaluation starts at latent `x` [batch, ...]."""
+        self._x = x
         self.plan.update()
         self.plan.cache.begin(evaluation)
 
@@ -59,6 +68,11 @@ class FeaturePass:
             self.plan.note(messages.patched_kind(kind))
         return reusable - patched
 
+    def forget(self) -> None:
+        """Forget every branch, so that all are computed next."""
+        for branch in self._conditions:
+            self.plan.cache.forget(branch)
+
     @staticmethod
     def deep(kinds: Iterable[str]) -> bool:
         """True when every one of `kinds` leaves out more than half of a pass."""
@@ -70,14 +84,20 @@ class FeaturePass:
 
     def close(self) -> dict[str, Any]:
         """End the run: drop every tensor, return the plan as plain data for the report: what has room, and where."""
+        self._contents.clear()
         return self.plan.close()
 
     def _run(self, call: ModelCall, request: FeatureRequest) -> tuple[Tensor, set[str]]:
         hooks = self.plan.hooks or self.plan.start(call, request)
         self._forget_changed(request.branches, conditions_of(call))
+        if request.tiled:
+            self._forget_moved(request.branches, call.x)
         reused = self.reusable(request.branches, call.options) if request.reuse else set()
         recorded = self.plan.cache.to_store() - reused if any(request.kept) else set()
         self.plan.cache.begin_record(request.kept, recorded)
+        if request.tiled and recorded:
+            parts = call.x.clone().chunk(len(request.branches))
+            self._contents |= {b: (part, self._x.clone()) for b, part in zip(request.kept, parts, strict=True) if b}
         control = control_for(call.control, call.network, reused)
         with hooks.running(request, reused, recorded):
             return call.run(control=control, options=hooks.options(call.options, reused)), reused
@@ -89,10 +109,26 @@ class FeaturePass:
                 self.plan.cache.forget(branch)
             self._conditions[branch] = conditions
 
+    def _forget_moved(self, branches: Sequence[Key], x: Tensor) -> None:
+        """Forget branches whose input changed by far more than the whole latent did: it is of another part now."""
+        for branch, part in zip(branches, x.chunk(len(branches)), strict=True):
+            before = self._contents.get(branch)
+            if before and not _moved_alike((before[0], part), (before[1], self._x)):
+                self.plan.cache.forget(branch)
+                self.plan.note(messages.TILES_MOVE)
+
     def _start_anew(self, branches: Iterable[Key]) -> None:
         for branch in branches:
             self.plan.cache.forget(branch)
         self.plan.note(messages.PASS_DIFFERS)
+
+
+def _moved_alike(part: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor]) -> bool:
+    """True when a part changed about as much as the whole latent; both as they were and as they are."""
+    if part[0].shape != part[1].shape:
+        return False
+    changes = [(now - before).norm() / before.norm() for before, now in (part, whole)]
+    return bool(changes[0] <= (ALIKE * changes[1] + 1e-4).clamp(max=1.0))
 
 
 Conditions = list[tuple[Any, Any]]  # (name, object)

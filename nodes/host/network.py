@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...fastercache_core.protocols import FeatureUse, Pass, Result
-from .conditioning import Key, branch_keys, keys_ahead, window_of
+from .conditioning import Key, branch_keys, keys_ahead, rows_asked, window_of
 from .feature_pass import FeaturePass, FeatureRequest
 from .model_call import BranchesCall, ModelCall
 
@@ -23,14 +23,15 @@ class Request:
     """What the engine asked for in one run of the network, and what came of it.
 
     features: None where none are cached; ahead: branches of this evaluation whose features will be stored; only: the
-    one branch that uses features, None for all. rows: what entered the network; reused: branches that took features
-    from the cache, of these kinds.
+    one branch that uses features, None for all; tiled: another node may run the latent in parts. rows: what
+    entered the network; reused: branches that took features from the cache, of these kinds.
     """
 
     features: FeaturePass | None = None
     use: FeatureUse = FeatureUse.STORE
     ahead: Sequence[Key] = ()
     only: int | None = None
+    tiled: bool = False
     rows: int = 0
     reused: set[int] = field(default_factory=set)
     kinds: set[str] = field(default_factory=set)
@@ -44,7 +45,7 @@ class Request:
         branches = branch_keys(call.options, call.x.shape, self.seen)
         kept = [branch if self._keeps(branch) else None for branch in branches]
         ahead = [branch for branch in self.ahead if self._keeps(branch)]
-        request = FeatureRequest(branches, kept, self.use is not FeatureUse.STORE, ahead)
+        request = FeatureRequest(branches, kept, self.use is not FeatureUse.STORE, ahead, self.tiled)
         output, kinds = self.features.run(call, request)
         if kinds:
             self.reused.update(branch[1] for branch in branches)
@@ -62,6 +63,7 @@ class HostNetwork:
         """reference_only: only the reference branch uses features."""
         self.call, self.features, self.reference_only = call, features, reference_only
         self.controls: dict[int, RememberedControl] | None = None  # where this evaluation runs the network again
+        self.answered = False  # somebody else did, in place of the network
 
     def run(self, pass_: Pass, branches: Sequence[Any], features: FeatureUse) -> Result:
         """Run `branches`: those of the pass, None for one that must not run."""
@@ -74,6 +76,7 @@ class HostNetwork:
         if self.controls is not None:
             branches = remembering(branches, self.controls)
         outputs = self.call.run(branches, REQUEST_KEY, request)
+        self.answered |= request.rows < rows_asked(branches, pass_.evaluation.sigma, len(pass_.x))
         deep = bool(request.kinds) and FeaturePass.deep(request.kinds)
         return Result(outputs, frozenset(request.reused), request.rows, deep)
 
@@ -88,7 +91,8 @@ class HostNetwork:
             return Request()
         window = window_of(self.call.options["transformer_options"])
         ahead = keys_ahead(pass_.branches, window, pass_.x.shape, pass_.evaluation.sigma)
-        return Request(self.features, use, ahead, pass_.reference if self.reference_only else None)
+        tiled = "model_function_wrapper" in self.call.options
+        return Request(self.features, use, ahead, pass_.reference if self.reference_only else None, tiled)
 
 
 class RememberedControl:

@@ -5,7 +5,6 @@ Here the host's positional arguments get names; `model_call` hands them back. No
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,14 +13,12 @@ import comfy.model_patcher
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ...fastercache_core.report import summary_line
 from ...fastercache_core.settings import CacheSettings
-from .announce import announce
 from .compatibility import RunSetup
 from .conditioning import step_hooks
 from .learning import learn
 from .model_call import BranchesCall, ModelCall
-from .network import REQUEST_KEY
+from .reports import ReportBox
 from .run import CacheRun, RunObserver
 
 SETTINGS_KEY = "fastercache"
@@ -29,14 +26,6 @@ RUN_KEY = "fastercache_run"
 BOX_KEY = "fastercache_report"
 OBSERVER_KEY = "fastercache_observer"
 MASK, CALLBACK = 4, 5  # their places among the arguments of OUTER_SAMPLE
-
-
-class ReportBox:
-    """Holds the last run's report, plain JSON data, for whoever has the MODEL."""
-
-    def __init__(self, node_id: str | None = None) -> None:
-        self.node_id = node_id
-        self.report: dict[str, Any] | None = None
 
 
 def attach(model: Any, settings: CacheSettings, node_id: str | None = None) -> Any:
@@ -78,7 +67,7 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         return latent
     finally:
         if observer is None:
-            _deliver(guider.model_patcher.get_attachment(BOX_KEY), run.report.as_dict())
+            (guider.model_patcher.get_attachment(BOX_KEY) or ReportBox()).deliver(run.report)
 
 
 def predict_noise(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -99,8 +88,10 @@ def calc_cond_batch(executor: Any, *args: Any) -> list[torch.Tensor]:
     """
     call = BranchesCall(executor, *args)
     run = _run_of(call.options)
-    if run is None or run.evaluation is None or not run.first_pass(call.options):
+    if run is None or run.evaluation is None:
         return executor(*args)
+    if not run.first_pass(call):
+        return run.extra(call)
     step_hooks(call.model, call.conds, run.evaluation.sigma, call.timestep, call.options)
     return run.evaluate(call)
 
@@ -110,12 +101,8 @@ def apply_model(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     run = _run_of({"transformer_options": args[5]}) if len(args) > 5 else None
     if run is None:
         return executor(*args, **kwargs)
-    run.count(args[0].shape[0])
-    request = args[5].get(REQUEST_KEY)
-    if request is None:
-        return executor(*args, **kwargs)
     x, t, c_concat, c_crossattn, control, options, *rest = args
-    return request.serve(ModelCall(executor, x, t, c_concat, c_crossattn, control, options, tuple(rest), kwargs))
+    return run.network_call(ModelCall(executor, x, t, c_concat, c_crossattn, control, options, tuple(rest), kwargs))
 
 
 WRAPPERS = {
@@ -143,10 +130,18 @@ def _under(run: CacheRun, executor: Any, *args: Any, **kwargs: Any) -> torch.Ten
     try:
         guider.model_options = comfy.model_patcher.create_model_options_clone(options)
         guider.model_options["transformer_options"][RUN_KEY] = run
+        _go_first(guider.model_options["transformer_options"].get("wrappers", {}))
         return executor(*args, **kwargs)
     finally:
         guider.model_options = options
         run.close()
+
+
+def _go_first(wrappers: dict[str, dict[str, Any]]) -> None:
+    """Be asked before all other nodes for every evaluation, so that none is missed that another cache answers."""
+    ours = wrappers.get(WrappersMP.PREDICT_NOISE, {})
+    if SETTINGS_KEY in ours:
+        wrappers[WrappersMP.PREDICT_NOISE] = {SETTINGS_KEY: ours[SETTINGS_KEY], **ours}
 
 
 def _in_full(executor: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[[], torch.Tensor]:
@@ -164,10 +159,3 @@ def _in_full(executor: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Call
 
 def _run_of(options: dict[str, Any]) -> CacheRun | None:
     return options.get("transformer_options", {}).get(RUN_KEY)
-
-
-def _deliver(box: ReportBox | None, report: dict[str, Any]) -> None:
-    logging.info(summary_line(report))
-    if box is not None:
-        box.report = report
-        announce(box.node_id, report)

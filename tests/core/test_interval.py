@@ -20,7 +20,7 @@ FIELD = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def controller(settings: IntervalSettings, estimates: bool = False, reuses: bool = False) -> Controller:
-    context = RunContext(lambda percent: 1.0 - percent, 3.0, Solver(), (), lambda sigma: 0.0)
+    context = RunContext(lambda percent: 1.0 - percent, Solver(), (), lambda sigma: 0.0)
     context = RunContext(**{**vars(context), "estimates": estimates, "reuses": reuses})
     return settings.controller(context)
 
@@ -195,7 +195,7 @@ def observed(error: float = 1.0) -> Signal:
 
 
 def local_error(sigma: float, step: float, error: float = 1.0) -> float:
-    return next(iter(local_errors([observed(error)], Evaluation(3, sigma, 0.0, False, step))))
+    return next(iter(local_errors(Signals(observed(error), []), Evaluation(3, sigma, 0.0, False, step))))
 
 
 def test_the_worst_picture_of_a_batch_counts() -> None:
@@ -210,7 +210,7 @@ def test_an_error_grows_with_the_distance_from_what_is_known_and_with_the_step()
 
 def test_before_anything_was_compared_the_error_is_infinite() -> None:
     signal = OutputSettings("linear").signal()
-    assert [*local_errors([signal], Evaluation(0, 0.8, 0.0, False, 0.1))] == [math.inf]
+    assert [*local_errors(Signals(signal, []), Evaluation(0, 0.8, 0.0, False, 0.1))] == [math.inf]
     signal.observe(1.0, FIELD, torch.ones(1))
     signal.observe(0.9, FIELD, torch.ones(1))
-    assert [*local_errors([signal], Evaluation(2, 0.8, 0.0, False, 0.1))] == [math.inf]
+    assert [*local_errors(Signals(signal, []), Evaluation(2, 0.8, 0.0, False, 0.1))] == [math.inf]

@@ -29,7 +29,7 @@ DDIM = [1000.0 * (1 - i / STEPS) for i in range(STEPS)]  # evenly spaced timeste
 def context(
     solver: Solver = Solver(), sigmas: Sequence[float] = (), timestep: Callable[[float], float] = lambda sigma: sigma
 ) -> RunContext:
-    return RunContext(lambda percent: 1000.0 * (1 - percent), 3.0, solver, tuple(sigmas), timestep)
+    return RunContext(lambda percent: 1000.0 * (1 - percent), solver, tuple(sigmas), timestep)
 
 
 def walk(

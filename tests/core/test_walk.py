@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastercache_core.solvers import SOLVERS
-from fastercache_core.walk import Walk
+from fastercache_core.walk import Stride, Walk
 from support import grids
 from support.samplers import SAMPLERS
 
@@ -52,3 +52,16 @@ def test_more_evaluations_than_noise_levels_are_no_walk() -> None:
     assert walk.follows(x)
     walk.took(x)
     assert not walk.follows(x)
+
+
+def test_a_latent_that_jumps_is_told_from_one_that_takes_a_step() -> None:
+    """A step as long as the slope says, one twice as long, and one to somewhere else."""
+    stride, x = Stride(), torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    denoised = 0.1 * x
+    assert not stride.strays(x, 1.0)
+    stride.took(x, 1.0, denoised)
+    step = (denoised - x) * 0.1
+    assert not stride.strays(x + step, 0.9) and not stride.strays(x + 2 * step, 0.9)
+    assert stride.strays(x.roll(3, -1), 0.9)
+    assert not stride.strays(x, 1.0), "the same sigma once more"
+    assert not stride.strays(x[:1], 0.9), "another latent"

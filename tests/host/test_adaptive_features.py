@@ -11,7 +11,7 @@ from fastercache_pack.fastercache_core.features.probe import Probe
 from fastercache_pack.fastercache_core.metrics import psnr
 from fastercache_pack.fastercache_core.signal import Signal
 from fastercache_pack.nodes.fastercache import automatic
-from fastercache_pack.nodes.host.wrappers import attach
+from fastercache_pack.nodes.host.wrappers import attach, last_report
 
 from support import tiny
 from support.features import chosen_by_node
@@ -116,7 +116,7 @@ def test_features_make_no_difference_where_nothing_is_reused(mmdit):
     model = attach(mmdit.model, with_features(wanted(42)))
     assert torch.equal(mmdit.paint(model), full)
     assert "reused" not in evaluations(model) and totals(model)["cost"] == 1.0
-    assert messages.features_not_reused(were_probed=False) in notes(model)
+    assert messages.features_not_reused(were_probed=False, steps=last_report(model)["run"]["steps"]) in notes(model)
 
 
 def test_where_steps_can_be_predicted_no_feature_is_cached_and_that_is_said(mmdit):

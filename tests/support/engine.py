@@ -186,7 +186,6 @@ class Run:
         self.outcomes: list[Outcome] = []
         context = RunContext(
             lambda percent: 1 - percent,
-            sampling.cfg,
             sampling.solver or SOLVERS[sampling.sampler],
             tuple(sampling.sigmas),
             flow_timestep,
@@ -201,7 +200,9 @@ class Run:
         """The guided denoised latent, by the engine."""
         outcome = self.engine.evaluate(self._pass(x, sigma), self.network)
         self.outcomes.append(outcome)
-        return self._guided(outcome.outputs, sigma)
+        guided = self._guided(outcome.outputs, sigma)
+        self.engine.guided(guided)
+        return guided
 
     def plain(self, x: Tensor, sigma: float) -> Tensor:
         """The guided denoised latent, by the network alone."""
