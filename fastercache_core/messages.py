@@ -72,7 +72,7 @@ def learnt(kind: str, law: Law, unknown: Law) -> str:
 # Compatibility
 
 EASYCACHE = "EasyCache or LazyCache is on the same model: nothing is skipped here, remove one of the two"
-MULTIGPU = "sampling on several GPUs at once is not supported yet: nothing is skipped"
+SEVERAL_DEVICES = "MultiGPU CFG Split runs the branches on several devices at once: no features are reused there"
 NAG = "NAGuidance mixes the branches inside the network and needs both in every pass: nothing is skipped"
 BRANCHES_ONE_BY_ONE = "another node runs the branches one by one: no step is predicted"
 unknown_sampler = "the network calls of sampler {} are not known beforehand: nothing is skipped".format
@@ -154,6 +154,9 @@ policy_would_help = (
 
 # Features
 
+COMPILER_OFF = (
+    "Comfy Compiler is off during this run: it repeats passes as they were recorded, reused features change them"
+)
 PASS_DIFFERS = "a pass called attention in another order than the one before it: it was computed again in full"
 OUT_OF_MEMORY = (
     "memory ran out: cached features were dropped, and none are cached for the rest of this run; set memory_gb, or "

@@ -5,6 +5,7 @@ Made when the run starts and dropped when it ends, however it ends. Nothing of i
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from ...fastercache_core.settings import CacheSettings
 from ...fastercache_core.solvers import Solver
 from ...fastercache_core.walk import Walk
 from .compatibility import RunSetup, compatible, is_compiled, sampler_name
+from .compiler import compiles, tolerates_changes
 from .conditioning import Window, active_branches, branch_name, fingerprint, reference_branch, window_of
 from .feature_pass import FeaturePass
 from .learning import law_of
@@ -78,6 +80,7 @@ class CacheRun:
         self.evaluation: Evaluation | None = None
         self.record: EvaluationRecord | None = None
         self.full_rows, self.probes = 0, 0
+        self.counting = threading.Lock()  # batches may enter networks on several devices at once
 
     def begin(self, x: torch.Tensor, timestep: torch.Tensor) -> None:
         """A new evaluation starts at latent `x` [batch, ...]; timestep: [batch] sigmas."""
@@ -129,8 +132,9 @@ class CacheRun:
 
     def count(self, rows: int) -> None:
         """`rows` entered the network."""
-        if self.record:
-            self.record.rows += rows
+        with self.counting:
+            if self.record:
+                self.record.rows += rows
 
     def close(self) -> None:
         """End the run: drop every tensor, finish the report."""
@@ -187,6 +191,8 @@ class CacheRun:
             return None
         if longest is not None:
             reuse = reuse.within(longest + 1)
+        if compiles(self.setup.guider.model_patcher.load_device) and not tolerates_changes():
+            self.report.note(messages.COMPILER_OFF)
         return FeaturePass(reuse, self.setup.guider.model_patcher, self.setup.model_sampling.percent_to_sigma)
 
     def _sigma(self, timestep: torch.Tensor) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import comfy.model_management
@@ -18,6 +19,7 @@ from ...fastercache_core.report import summary_line
 from ...fastercache_core.settings import CacheSettings
 from .announce import announce
 from .compatibility import RunSetup
+from .compiler import nothing_repeated
 from .conditioning import step_hooks
 from .learning import learn
 from .model_call import BranchesCall, ModelCall
@@ -143,7 +145,8 @@ def _under(run: CacheRun, executor: Any, *args: Any, **kwargs: Any) -> torch.Ten
     try:
         guider.model_options = comfy.model_patcher.create_model_options_clone(options)
         guider.model_options["transformer_options"][RUN_KEY] = run
-        return executor(*args, **kwargs)
+        with nothing_repeated() if run.features else nullcontext():
+            return executor(*args, **kwargs)
     finally:
         guider.model_options = options
         run.close()
