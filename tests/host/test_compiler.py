@@ -9,6 +9,7 @@ from comfy.cli_args import args
 from fastercache_pack.fastercache_core import messages
 from fastercache_pack.fastercache_core.clock import Window
 from fastercache_pack.nodes.fastercache import automatic
+from fastercache_pack.nodes.host.calibrate import Sampling, recorded
 from fastercache_pack.nodes.host.compiler import nothing_repeated
 from fastercache_pack.nodes.host.wrappers import attach, last_report
 
@@ -16,7 +17,7 @@ from support.compiler import SWITCHES, Compiler
 from support.features import ACTIONS, STILL, out_of_memory, reusing, told
 from support.guidance import cfg_cache, with_steps
 from support.runs import actions, notes
-from support.tiny import sample
+from support.tiny import SPECS, conditioning, sample
 
 STEPS = 16
 ON, GRAPHS_OFF, OFF = (False, False), (False, True), (True, True)
@@ -176,3 +177,12 @@ def test_a_pass_that_ran_out_of_memory_is_cleared_up_before_it_runs_again(compil
     with out_of_memory(network.final_layer, 2):
         sample(cached, "flux", sigmas=STILL)
     assert messages.OUT_OF_MEMORY in told(cached) and compiler.cleaned == 1
+
+
+@pytest.mark.parametrize("features", [True, False])
+def test_a_policy_is_looked_for_without_it_only_where_features_are_tried(compiled, features):
+    model, compiler = compiled("sd15")
+    prompts = conditioning("sd15", 1), conditioning("sd15", 2)
+    latent = torch.zeros(1, *SPECS["sd15"]["lat"])
+    recorded(model, Sampling(*prompts, latent, seed=3, steps=6, cfg=4.0, sampler="euler", scheduler="simple"), features)
+    assert compiler.switched == {OFF if features else ON} and state() == ON

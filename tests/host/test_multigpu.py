@@ -15,12 +15,13 @@ from fastercache_pack.fastercache_core.report import EvaluationRecord
 from fastercache_pack.fastercache_core.settings import CacheSettings
 from fastercache_pack.nodes.fastercache import automatic
 from fastercache_pack.nodes.host import run
+from fastercache_pack.nodes.host.calibrate import CalibrationError, Sampling, find_policy
 from fastercache_pack.nodes.host.wrappers import attach, last_report
 
 from support.features import ALL_COMPUTED, STILL, reusing
 from support.guidance import cfg_cache, with_steps
 from support.runs import actions, estimates, evaluations, notes, relative, totals
-from support.tiny import build, conditioning, sample
+from support.tiny import SPECS, build, conditioning, sample
 
 pytestmark = pytest.mark.skipif(
     not hasattr(comfy.samplers, "_calc_cond_batch_multigpu"), reason="this ComfyUI has no MultiGPU CFG Split"
@@ -116,6 +117,16 @@ def test_several_conditionings_on_two_devices(tiny_models, split):
     model = attach(model, cfg_cache())
     assert relative(sample(model, "flux", 12, positive=positive), one) < 1e-4
     assert actions(model, "uncond") == actions(alone, "uncond") and totals(model)["rows"] == totals(alone)["rows"]
+
+
+def test_a_policy_is_found_there_but_none_with_features(tiny_models, split):
+    model, ran = split(tiny_models("sd15"), "sd15")
+    prompts = conditioning("sd15", 1), conditioning("sd15", 2)
+    latent = torch.zeros(1, *SPECS["sd15"]["lat"])
+    sampling = Sampling(*prompts, latent, seed=3, steps=6, cfg=4.0, sampler="euler", scheduler="simple")
+    assert find_policy(model, sampling, 0.7).cost <= 0.7 and {*ran} == {"first", "second"}
+    with pytest.raises(CalibrationError, match="MultiGPU CFG Split"):
+        find_policy(model, sampling, 0.7, features=True)
 
 
 def test_a_device_that_fails_ends_the_run_and_the_next_one_works(tiny_models, split):
