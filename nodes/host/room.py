@@ -23,8 +23,8 @@ def free_bytes(model: Any, device: torch.device, needed: int) -> int:
 
 
 def pinned_bytes() -> int:
-    """Bytes of main memory that may be page-locked for features: none where the host locks none itself, and what it
-    may lock beside its own."""
-    left = getattr(host_memory, "MAX_PINNED_MEMORY", 0) - getattr(host_memory, "TOTAL_PINNED_MEMORY", 0)
+    """Bytes of main memory that may be page-locked for features: what the host would lock beside its own, where it
+    tells; none where it locks none itself."""
+    left = getattr(host_memory, "MAX_PINNED_MEMORY", float("inf")) - getattr(host_memory, "TOTAL_PINNED_MEMORY", 0)
     share = host_memory.get_free_memory(torch.device("cpu")) * PINNED_SHARE
     return int(max(min(left, share), 0))

@@ -51,3 +51,9 @@ def test_page_locked_memory_is_bounded_by_what_the_host_would_lock(free, monkeyp
     monkeypatch.setattr(host_memory, "MAX_PINNED_MEMORY", most * GB, raising=False)
     monkeypatch.setattr(host_memory, "TOTAL_PINNED_MEMORY", taken * GB, raising=False)
     assert pinned_bytes() == min(given * GB, PINNED_SHARE * 16 * GB)
+
+
+def test_a_host_that_tells_nothing_of_that_leaves_the_share(free, monkeypatch):
+    free(16 * GB)
+    monkeypatch.delattr(host_memory, "MAX_PINNED_MEMORY", raising=False)
+    assert pinned_bytes() == PINNED_SHARE * 16 * GB
