@@ -53,7 +53,8 @@ class Guidance:
 
     def __init__(self, late: bool = False) -> None:
         """late: never let the host wait for the device, see `readback`."""
-        self._readback, self._coming = Readback(late), None
+        self._readback = Readback(late)
+        self._coming: tuple[Tensor, tuple[tuple[int, ...], bool]] | None = None
         self._now, self._computed, self.lost = Weights(), Weights(), False
 
     @property

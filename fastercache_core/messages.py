@@ -88,7 +88,7 @@ answered_elsewhere = (
     "skipped here, remove one of the two"
 ).format
 TILES_MOVE = "another node samples the latent in parts that move from step to step: no features are reused for those"
-MULTIGPU = "sampling on several GPUs at once is not supported yet: nothing is skipped"
+SEVERAL_DEVICES = "MultiGPU CFG Split runs the branches on several devices at once: no features are reused there"
 NAG = "NAGuidance mixes the branches inside the network and needs both in every pass: nothing is skipped"
 CROWDED = "another node runs as many passes again for each step: no step is predicted beside them"
 unknown_sampler = "the network calls of sampler {} are not known beforehand: nothing is skipped".format
@@ -171,6 +171,9 @@ policy_would_help = (
 
 # Features
 
+COMPILER_OFF = (
+    "Comfy Compiler is off during this run: it repeats passes as they were recorded, reused features change them"
+)
 PASS_DIFFERS = "a pass called attention in another order than the one before it: it was computed again in full"
 OUT_OF_MEMORY = (
     "memory ran out: cached features were dropped, and none are cached for the rest of this run; set memory_gb, or "

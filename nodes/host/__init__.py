@@ -8,10 +8,12 @@ model_call      the host's calls as data
 conditioning    which conditioning is which, and when it changes
 prediction      between the host's denoised latents and the network's output space
 compatibility   what cannot work with what, and the reason
+compiler        the host's own compiler and CUDA graphs, off where reused features change what they recorded
 policy_checks   whether a policy or FRDiff's mixing serves a run
 calibrate       full runs that are recorded, and runs that fit a policy's weights
 feature_pass    one pass of the network with features from the cache
 feature_plan    which features have room in memory, decided before the first pass where possible
+room            how much memory the host leaves for features
 feature_hooks   the places of a network whose outputs are features, and how they are swapped
 attention_hook  the same for a network of no known family
 families        where each model family keeps what can be reused

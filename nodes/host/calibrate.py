@@ -7,6 +7,7 @@ call but plain data.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +31,7 @@ from ...fastercache_core.protocols import FeatureUse, Network, Pass, Result, Sig
 from ...fastercache_core.settings import CacheSettings
 from ...fastercache_core.signal import DifferenceSettings, OutputSettings, Signal
 from .compatibility import RunSetup, refusals
+from .compiler import nothing_repeated
 from .conditioning import Window
 from .feature_pass import FeaturePass
 from .fingerprint import model_fingerprint, size_of
@@ -264,7 +266,8 @@ def recorded(
 ) -> tuple[Reference, Losses]:
     """One full run, and what skipping would cost; see `find_policy`. progress: called after every evaluation."""
     recorder = (FeatureRecorder if features else Recorder)(sampling.cfg, progress)
-    sample(model, sampling, recorder)
+    with nothing_repeated() if features else nullcontext():
+        sample(model, sampling, recorder)
     return recorder.reference, Losses(recorder.reference, recorder.forecasts())
 
 

@@ -133,13 +133,18 @@ def is_compiled(model: Any) -> bool:
     return bool(wrapped) or any(hasattr(patch, "_orig_mod") for patch in model.object_patches.values())
 
 
+def on_several_devices(model: Any) -> bool:
+    """True when the host runs the branches of a MODEL (ModelPatcher) on several devices at once, in threads.
+
+    Each device has a network of its own. The host puts them among the model's options only when sampling has begun.
+    """
+    return bool(model.get_additional_models_with_key("multigpu"))
+
+
 def _no_caching(settings: CacheSettings, setup: RunSetup) -> str | None:
-    options = setup.guider.model_options
-    transformer_options = options.get("transformer_options", {})
+    transformer_options = setup.guider.model_options.get("transformer_options", {})
     if "easycache" in transformer_options:
         return messages.EASYCACHE
-    if options.get("multigpu_clones"):
-        return messages.MULTIGPU
     patches = transformer_options.get("patches", {}).get("attn1_output_patch", [])
     if any("NAGuidance" in getattr(patch, "__qualname__", "") for patch in patches):
         return messages.NAG
@@ -147,7 +152,8 @@ def _no_caching(settings: CacheSettings, setup: RunSetup) -> str | None:
         return messages.NOISE_RISES
     if setup.solver is None:
         return messages.sampler_adapts(setup.sampler_name)
-    if setup.solver.known or (settings.controller.probes and settings.reuse):
+    features = settings.controller.probes and settings.reuse and not on_several_devices(setup.guider.model_patcher)
+    if setup.solver.known or features:
         return None
     return messages.unknown_sampler(setup.sampler_name) if knows_grid(setup.sigmas) else messages.NO_SIGMAS
 
@@ -177,6 +183,8 @@ def _not_known(setup: RunSetup) -> str:
 
 
 def _no_features(reuse: ReuseSettings | None, setup: RunSetup) -> str | None:
+    if on_several_devices(setup.guider.model_patcher):
+        return messages.SEVERAL_DEVICES
     family = find_family(uncompiled(setup.guider.model_patcher.model.diffusion_model))
     kinds = reuse.intervals if reuse else {}
     return None if available(family, kinds)[0] else messages.no_feature_kinds(family.name, list(kinds))

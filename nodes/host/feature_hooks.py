@@ -6,6 +6,7 @@ that is put into the host is made once a run, so that a compiled network is trac
 
 from __future__ import annotations
 
+import inspect
 import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ...fastercache_core.features.memory import Branch, Feature, Site
 from ...fastercache_core.features.reuse import ReuseCache
+from .compiler import unrecorded
 from .families import ATTENTION, SPANS, Family, Stack
 
 # What a compiled network must not be traced into: it stores tensors, and asks which pass runs.
@@ -68,6 +70,7 @@ class FeatureHooks:
         compiled: bool = False,
     ) -> None:
         self.cache, self.axis, self.compiled = cache, family.batch_axis, compiled
+        self._joint = any(entry.joint is not None for entry in family.attention)
         self.bases: dict[Site, list[Tensor]] = {}  # inputs of the spans that run
         self._request = FeatureRequest((), (), False)
         self._single: dict[Site, bool] = {}  # whether a site gives one tensor
@@ -80,7 +83,7 @@ class FeatureHooks:
 
     def options(self, transformer_options: Mapping[str, Any], reused: Collection[str]) -> Mapping[str, Any]:
         """The options of a pass in which the kinds `reused` come from the cache."""
-        return skip_empty_attention(transformer_options) if "self" in reused else transformer_options
+        return skip_empty_attention(transformer_options) if "self" in reused and self._joint else transformer_options
 
     @contextmanager
     def running(self, request: FeatureRequest, reused: Collection[str], recorded: Collection[str]) -> Iterator[None]:
@@ -93,7 +96,7 @@ class FeatureHooks:
             for swap in (reuse if kind in reused else record if kind in recorded else ())
         ]
         try:
-            with _swapped(swaps):
+            with swapped(swaps):
                 yield
         finally:
             self.bases.clear()
@@ -114,11 +117,13 @@ class FeatureHooks:
     def store(self, site: Site, output: Any) -> None:
         """Store what the host computed at `site`: a tensor, or a tuple of tensors and None."""
         self._single[site] = torch.is_tensor(output)
-        self.cache.store(site, self._request.kept, (output,) if self._single[site] else tuple(output), self.axis)
+        with unrecorded():
+            self.cache.store(site, self._request.kept, (output,) if self._single[site] else tuple(output), self.axis)
 
     def recall(self, site: Site) -> Any:
         """What the host would have computed at `site`, from the cache, in the form it was stored."""
-        feature = self.cache.recall(site, self._request.branches, self.axis)
+        with unrecorded():
+            feature = self.cache.recall(site, self._request.branches, self.axis)
         return feature[0] if self._single[site] else feature
 
     def begin_span(self, site: Site, streams: Iterable[Tensor]) -> None:
@@ -303,17 +308,27 @@ def _branches(unet: nn.Module) -> Iterator[tuple[Any, ...]]:
 
 
 def output_site(hooks: FeatureHooks, site: Site, module: nn.Module) -> Swaps:
-    """A module whose output is the feature."""
+    """A module whose output is the feature.
+
+    Where the host has it add a residual, that is inside the output, and belongs to this evaluation alone.
+    """
     forward = module.forward
+    names = list(inspect.signature(forward).parameters)
+
+    def adds(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        return dict(zip(names, args, strict=False), **kwargs).get("residual") is not None
 
     def record(*args: Any, **kwargs: Any) -> Any:
+        if adds(args, kwargs):
+            return forward(*args, **kwargs)
         hooks.entered(site, _first(args, kwargs))
         output = forward(*args, **kwargs)
         hooks.store(site, output)
         return output
 
     def reuse(*args: Any, **kwargs: Any) -> Any:
-        return hooks.recall(site) if hooks.fits(site, _first(args, kwargs)) else forward(*args, **kwargs)
+        reusable = not adds(args, kwargs) and hooks.fits(site, _first(args, kwargs))
+        return hooks.recall(site) if reusable else forward(*args, **kwargs)
 
     return [(module, "forward", record)], [(module, "forward", reuse)]
 
@@ -458,7 +473,7 @@ def _forward(module: nn.Module, wrapper: Forward, forward: Forward) -> Swap:
 
 
 @contextmanager
-def _swapped(swaps: Sequence[Swap]) -> Iterator[None]:
+def swapped(swaps: Sequence[Swap]) -> Iterator[None]:
     """Set attributes on module instances, put the previous state back however the body ends."""
     missing = object()
     before = [(module, name, module.__dict__.get(name, missing)) for module, name, _ in swaps]

@@ -18,17 +18,16 @@ from ...fastercache_core.features.reuse import ReuseCache, ReuseSettings
 from ...fastercache_core.report import features_text
 from .attention_hook import AttentionHook
 from .compatibility import is_compiled
+from .compiler import abandon_pass
 from .families import available, find_family
 from .feature_hooks import FeatureHooks, FeatureRequest, Promises
 from .model_call import ModelCall, uncompiled
+from .room import free_bytes, pinned_bytes
 
 if TYPE_CHECKING:
     from .dry_run import DryRun
 
 Hooks = FeatureHooks | AttentionHook
-# Features may take this share of the memory that the host reports free beyond what it needs to sample, and this one of
-# free main memory may be page-locked for them.
-SHARE, PINNED_SHARE = 0.5, 0.25
 # Attention whose input and output another node may change in step, as token merging does.
 PATCHED = {"self": "attn1", "temporal": "attn1", "cross": "attn2"}
 
@@ -91,6 +90,7 @@ class FeaturePlan:
         self.note(messages.OUT_OF_MEMORY if self.cache.tensors() else messages.OUT_OF_MEMORY_AT_ONCE)
         self.gave_up = True
         self.cache.reset()
+        abandon_pass()
         host_memory.soft_empty_cache()
 
     def close(self) -> dict[str, Any]:
@@ -150,15 +150,14 @@ class FeaturePlan:
     def _make_hooks(self, network: Any, cache: ReuseCache | Promises, compiled: bool = False) -> Hooks:
         if self.family.known:
             return FeatureHooks(network, self.family, cache, self.cache.kinds, compiled)
-        return AttentionHook(cache, compiled)
+        return AttentionHook(cache, network, compiled)
 
     def _budget(self, call: ModelCall) -> tuple[int, int]:
         """Bytes that features may take, and how much main memory may be page-locked for them."""
-        pinned = int(host_memory.get_free_memory(torch.device("cpu")) * PINNED_SHARE)
         if self.settings.storage.budget is not None:
-            return self.settings.storage.budget, pinned
+            return self.settings.storage.budget, pinned_bytes()
         needed = call.model.memory_required(list(call.x.shape)) if self.device == call.x.device else 0
-        return free_bytes(self.device, needed), pinned
+        return free_bytes(call.model.current_patcher, self.device, needed), pinned_bytes()
 
     def _dry_run(self, call: ModelCall) -> DryRun | None:
         """The pass that is about to run, without values; None where the model cannot be run so."""
@@ -239,9 +238,3 @@ def is_patched(kind: str, patches: Mapping[str, Any]) -> bool:
         return any(functions and "block_patch" in name for name, functions in patches.items())
     name = PATCHED.get(kind)
     return bool(patches.get(f"{name}_patch") and patches.get(f"{name}_output_patch"))
-
-
-def free_bytes(device: torch.device, needed: int) -> int:
-    """Bytes that features may take on a device, of what the host reports free; needed: bytes to sample."""
-    free = host_memory.get_free_memory(device) - max(needed, host_memory.minimum_inference_memory())
-    return int(max(free, 0) * SHARE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,10 +37,12 @@ class Request:
     reused: set[int] = field(default_factory=set)
     kinds: set[str] = field(default_factory=set)
     seen: Counter[Any] = field(default_factory=Counter)
+    counting: Any = field(default_factory=threading.Lock)  # networks on several devices serve a request at once
 
     def serve(self, call: ModelCall) -> torch.Tensor:
         """Run one batch of chunks, with features from the cache where they were asked for."""
-        self.rows += call.x.shape[0]
+        with self.counting:
+            self.rows += call.x.shape[0]
         if self.features is None:
             return call.run()
         branches = branch_keys(call.options, call.x.shape, self.seen)

@@ -5,6 +5,7 @@ Made when the run starts and dropped when it ends, however it ends. Nothing of i
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
 from typing import Any, Protocol
@@ -24,7 +25,8 @@ from ...fastercache_core.report import EvaluationRecord, RunReport
 from ...fastercache_core.settings import CacheSettings
 from ...fastercache_core.solvers import Solver
 from ...fastercache_core.walk import Stride, Walk
-from .compatibility import RunSetup, compatible, is_compiled, sampler_name
+from .compatibility import RunSetup, compatible, is_compiled, on_several_devices, sampler_name
+from .compiler import compiles, tolerates_changes
 from .conditioning import (
     Window,
     active_branches,
@@ -95,11 +97,12 @@ class CacheRun:
         self.evaluation: Evaluation | None = None
         self.record: EvaluationRecord | None = None
         self.asked, self.rows_each, self.probes = 0, 1.0, 0
+        self.counting = threading.Lock()  # batches may enter networks on several devices at once
 
     def begin(self, x: torch.Tensor, timestep: torch.Tensor) -> None:
         """A new evaluation starts at latent `x` [batch, ...]; timestep: [batch] sigmas."""
         self._close_evaluation()
-        if self.watch is None and not self.context.late:
+        if self.watch is None and not self.context.late and not on_several_devices(self.setup.guider.model_patcher):
             # Before others put something in place of its blocks, as some do for each call.
             self.watch = NetworkWatch(uncompiled(self.setup.guider.model_patcher.model.diffusion_model))
         sigma = self._sigma(timestep)
@@ -183,12 +186,17 @@ class CacheRun:
         request = call.options.get(REQUEST_KEY)
         run = call.run if request is None else lambda: request.serve(call)
         output, ran = self.watch.call(run) if self.watch else (run(), True)
+        with self.counting:
+            self._count(call, request, ran)
+        return output
+
+    def _count(self, call: ModelCall, request: Any, ran: bool) -> None:
+        """A batch entered the network, or was answered in its place."""
         if self.record and self.evaluation:
             if ran or request is None or request.kinds:
                 self.record.rows += call.x.shape[0]
             else:
                 self.answered.add(self.evaluation.ordinal)
-        return output
 
     def close(self) -> None:
         """End the run: drop every tensor, finish the report."""
@@ -282,6 +290,8 @@ class CacheRun:
             return None
         if longest is not None:
             reuse = reuse.within(longest + 1)
+        if compiles(self.setup.guider.model_patcher.load_device) and not tolerates_changes():
+            self.report.note(messages.COMPILER_OFF)
         return FeaturePass(reuse, self.setup.guider.model_patcher, self.setup.model_sampling.percent_to_sigma)
 
     def _sigma(self, timestep: torch.Tensor) -> float:

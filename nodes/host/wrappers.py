@@ -6,6 +6,7 @@ Here the host's positional arguments get names; `model_call` hands them back. No
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import comfy.model_management
@@ -15,6 +16,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...fastercache_core.settings import CacheSettings
 from .compatibility import RunSetup
+from .compiler import nothing_repeated
 from .conditioning import step_hooks
 from .learning import learn
 from .model_call import BranchesCall, ModelCall
@@ -131,7 +133,8 @@ def _under(run: CacheRun, executor: Any, *args: Any, **kwargs: Any) -> torch.Ten
         guider.model_options = comfy.model_patcher.create_model_options_clone(options)
         guider.model_options["transformer_options"][RUN_KEY] = run
         _go_first(guider.model_options["transformer_options"].get("wrappers", {}))
-        return executor(*args, **kwargs)
+        with nothing_repeated() if run.features else nullcontext():
+            return executor(*args, **kwargs)
     finally:
         guider.model_options = options
         run.close()

@@ -173,17 +173,24 @@ def test_memory_is_bounded_to_the_byte(own):
     assert "reused" in actions(model)
 
 
-def test_a_compiled_model_gives_the_same_picture(own):
-    eager = attach(own()[0], reusing("self", every=2))
+@pytest.mark.parametrize("hooked", [True, False], ids=["with another node's hook", "without"])
+def test_a_compiled_model_gives_the_same_picture(own, hooked):
+    def model_of_its_own():
+        model, _ = own()
+        if not hooked:
+            del model.model_options["transformer_options"]["optimized_attention_override"]
+        return model
+
+    eager = attach(model_of_its_own(), reusing("self", every=2))
     options = dict(steps=8, scheduler="normal", cfg=1.0)
     plain = sample(eager, "sd15", **options)
     torch._dynamo.reset()
     backend = Backend()
-    model = attach(compiled(own()[0], backend), reusing("self", every=2))
+    model = attach(compiled(model_of_its_own(), backend), reusing("self", every=2))
     result = sample(model, "sd15", **options)
     torch._dynamo.reset()
     assert actions(model) == actions(eager) and "reused" in actions(model)
-    assert relative(result, plain) < 1e-3 < relative(sample(own()[0], "sd15", **options), plain)
+    assert relative(result, plain) < 1e-3 < relative(sample(model_of_its_own(), "sd15", **options), plain)
     assert backend.calls >= len(actions(model))
 
 
