@@ -86,8 +86,9 @@ class Engine:
         return self.controller.choose(pass_.evaluation, self._known(pass_))
 
     def _known(self, pass_: Pass) -> Signals:
-        differences = [self.differences.get(i) for i in pass_.others] if self.settings.difference else []
-        return Signals(self.output, differences, self.probe)
+        if not self.settings.difference:  # other branches cannot follow from a predicted one
+            return Signals(None if pass_.others else self.output, [], self.probe)
+        return Signals(self.output, [self.differences.get(i) for i in pass_.others], self.probe)
 
     # Act
 
