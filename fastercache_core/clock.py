@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 GRID_TOLERANCE = 1e-3
 # Where the grid is not known, an evaluation is taken for the last one if its sigma is no more than so many steps.
 LAST_STEPS, MOST_STEPS = 3, 1000
+# A step that takes away this share of the noise ends a run: schedulers such as `normal` go on to a last one of next to
+# nothing.
+ENDS = 0.75
 
 
 def knows_grid(sigmas: Sequence[float]) -> bool:
@@ -50,6 +53,11 @@ class Evaluation:
     is_last: bool
     step: float = 0.0
     following: tuple[float, ...] = ()
+
+    @property
+    def ends(self) -> bool:
+        """True when what the sampler gets is all but the result: an error would reach that undamped."""
+        return self.is_last or self.step >= ENDS * self.sigma
 
 
 class Clock:

@@ -111,7 +111,10 @@ class Engine:
         return Step(Action.COMPUTE) if step.action is Action.PREDICT and self.crowded else step
 
     def _known(self, pass_: Pass) -> Signals:
-        others = pass_.others if self.settings.difference else []
+        if not self.settings.difference:  # other branches cannot follow from a predicted one
+            output = None if pass_.others else self.output
+            return Signals(output, [], self.probe, lambda: self._weights([]))
+        others = pass_.others
         return Signals(
             self.output, [self.differences.get(i) for i in others], self.probe, lambda: self._weights(others)
         )

@@ -9,12 +9,13 @@ from .fastercache import FasterCache, FasterCacheKSampler
 from .frdiff import FasterCacheFRDiff
 from .policy import FasterCachePolicyLoad, FasterCachePolicySave
 from .report import FasterCacheReport
+from .schema import checked
 
 # fmt: off
-NODES: list[type[io.ComfyNode]] = [
+NODES: list[type[io.ComfyNode]] = [checked(node) for node in (
     FasterCache, FasterCacheCFG, FasterCacheGuider, FasterCacheKSampler, FasterCacheFRDiff, FasterCacheAutoFR,
     FasterCachePolicySave, FasterCachePolicyLoad, FasterCacheReport, FasterCacheCompare,
-]
+)]
 # fmt: on
 
 

@@ -16,7 +16,8 @@ from .drawing import GRID, Canvas
 from .host.calibrate import CalibrationError, Sampling, Search, find_policy
 from .host.found import keep
 from .inputs import denoise_input, model_input, prompt_inputs, sampler_inputs
-from .policy import CachePolicy, summary
+from .kinds import CachePolicy
+from .policy import summary
 from .schema import choice, schema, wrong
 
 METHODS: dict[str, Search] = {

@@ -16,7 +16,7 @@ from .features import storage_inputs, storage_settings
 from .host.fingerprint import model_fingerprint
 from .host.wrappers import attach
 from .inputs import advanced, fraction, model_input, model_output, window_inputs
-from .policy import CachePolicy
+from .kinds import CachePolicy
 from .schema import WITH_ID, choice, schema, window, wrong
 
 

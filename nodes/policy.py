@@ -2,15 +2,16 @@
 
 import os
 import re
+import unicodedata
 
 from comfy_api.latest import io, ui
 
-from ..fastercache_core.calibration.policy import Policy
+from ..fastercache_core.calibration.policy import Policy, PolicyError
 from ..fastercache_core.calibration.policy_file import MAX_BYTES, dumps, loads
 from .host.user_files import FOLDER, folders, write_whole
+from .kinds import CachePolicy
 from .schema import Node, schema, wrong
 
-CachePolicy = io.Custom("CACHE_POLICY")
 ENDING = ".json"
 # Letters of any language, digits, and a few signs that mean nothing to any file system.
 SAFE_NAME = re.compile(r"\w[\w .+()-]{0,99}")
@@ -34,7 +35,10 @@ class FasterCachePolicySave(io.ComfyNode):
     @classmethod
     def execute(cls, policy: Policy, filename: str) -> io.NodeOutput:
         path = inside(cls, folders()[0], filename)
-        write_whole(path, dumps(policy))
+        try:
+            write_whole(path, dumps(policy))
+        except OSError as error:
+            raise wrong(cls, f"filename is {filename!r}, which cannot be written: {error.strerror}.") from error
         return io.NodeOutput(path, ui=ui.PreviewText(f"{path}\n{summary(policy)}"))
 
 
@@ -65,8 +69,11 @@ class FasterCachePolicyLoad(io.ComfyNode):
 
     @classmethod
     def execute(cls, filename: str) -> io.NodeOutput:
-        with open(find(cls, filename), "rb") as file:
-            policy = loads(file.read(MAX_BYTES + 1))
+        try:
+            with open(find(cls, filename), "rb") as file:
+                policy = loads(file.read(MAX_BYTES + 1))
+        except (OSError, PolicyError) as error:
+            raise wrong(cls, f"filename is {filename!r}. {error}") from error
         return io.NodeOutput(policy, summary(policy))
 
 
@@ -97,8 +104,9 @@ def find(node: Node, name: str) -> str:
 
 def inside(node: Node, folder: str, name: str) -> str:
     """Path of the file `name` right inside `folder`. Raises ValueError for any other name."""
-    name = str(name).removesuffix(ENDING)
-    if not SAFE_NAME.fullmatch(name) or name != name.strip(" .") or RESERVED.fullmatch(name):
+    name = unicodedata.normalize("NFC", str(name).removesuffix(ENDING))
+    reserved = RESERVED.fullmatch(unicodedata.normalize("NFKC", name))  # Windows reads a raised digit as a digit
+    if not SAFE_NAME.fullmatch(name) or name != name.strip(" .") or reserved:
         allowed = "a plain name of letters, digits, spaces and _ . + ( ) -, without folders"
         raise wrong(node, f"filename must be {allowed}; it is {name[:100]!r}.")
     path = os.path.join(folder, name + ENDING)

@@ -97,8 +97,7 @@ class IntervalController:
 
 
 class Schedule:
-    """An interval during one run. The evaluation that ends a run is never skipped: its error would reach the result
-    undamped."""
+    """An interval during one run. What ends a run is never skipped, see Evaluation.ends."""
 
     def __init__(self, interval: Interval, percent_to_sigma: Callable[[float], float]) -> None:
         self.every = interval.every
@@ -107,7 +106,7 @@ class Schedule:
 
     def may_skip(self, evaluation: Evaluation) -> bool:
         """True when the interval allows `evaluation` to be skipped."""
-        if self.computed_at is None or evaluation.is_last or not self.low <= evaluation.sigma <= self.high:
+        if self.computed_at is None or evaluation.ends or not self.low <= evaluation.sigma <= self.high:
             return False
         return evaluation.ordinal - self.computed_at < self.every
 

@@ -649,3 +649,12 @@ def test_it_works_without_forecasts_of_outputs_or_of_differences() -> None:
     alone = CacheSettings("outputs", AdaptiveSettings(42), output=OutputSettings())
     run = Sampling(active=lambda sigma: (0,)).run(alone)
     assert run.count(Action.PREDICT) > 10 and error(run) < 0.01
+
+
+@pytest.mark.parametrize("controller", [PREDICTING, AdaptiveSettings(36), MixSettings(2, "scores")])
+def test_where_other_branches_could_not_follow_no_output_is_predicted(controller: Any) -> None:
+    """Without forecasts of differences a predicted step has no negative."""
+    alone = CacheSettings("outputs alone", controller, None, OutputSettings())
+    run = Sampling().run(alone)
+    assert run.letters == "C" * 30 and torch.equal(run.latent, run.sampling.full())
+    assert Sampling(active=lambda sigma: (0,)).run(alone).count(Action.PREDICT) > 5

@@ -54,6 +54,13 @@ def test_one_in_two_is_computed_and_the_last_always() -> None:
     assert sample(IntervalSettings(Interval(5))) == "CPPPC"
 
 
+def test_a_step_that_takes_nearly_all_noise_away_is_computed_whatever_comes_after_it() -> None:
+    """The scheduler `normal` of a flow model ends so."""
+    assert sample(IntervalSettings(Interval(2)), [1.0, 0.8, 0.6, 0.4, 0.15, 0.009]) == "CPCPCC"
+    assert sample(IntervalSettings(Interval(2)), [1.0, 0.8, 0.6, 0.15, 0.009]) == "CPCCC"
+    assert sample(IntervalSettings(Interval(2)), [1.0, 0.8, 0.6, 0.3, 0.15]) == "CPCPC"
+
+
 def test_interval_one_computes_everything() -> None:
     assert sample(IntervalSettings(Interval(1), Interval(1)), differences=1) == "CCCCC"
 

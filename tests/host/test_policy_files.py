@@ -1,6 +1,8 @@
 """Policies as files: written whole, read only from their own folders."""
 
 import os
+import threading
+from dataclasses import replace
 
 import folder_paths
 import pytest
@@ -22,6 +24,7 @@ UNSAFE = [
     ".hidden",
     "con",
     "NUL.txt",
+    "COM\u00b9",
     "a\0b",
     "a\nb",
     "policy ",
@@ -59,6 +62,39 @@ def test_a_name_in_any_language_is_fine(folders):
     assert load("\u7b56\u7565-1") == POLICY
 
 
+def test_a_letter_and_its_accent_are_one_name_however_they_are_written(folders):
+    save("cafe\u0301")
+    assert policy_files() == ["caf\u00e9.json"] and load("cafe\u0301") == load("caf\u00e9") == POLICY
+
+
+@pytest.mark.parametrize("name", ["\u7b56" * 100, "a folder", "read only"])
+def test_what_cannot_be_written_is_said_in_one_sentence(folders, name, monkeypatch):
+    """A name that is too long for the file system, a folder of that name, a disk that takes nothing."""
+    (folders / "output" / "fastercache" / "a folder.json").mkdir(parents=True)
+    if name == "read only":
+        monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    with pytest.raises(
+        ValueError, match=f"^FasterCachePolicySave: filename is '{name[:10]}.* cannot be written: .+[.]$"
+    ):
+        save(name)
+    assert isinstance(FasterCachePolicyLoad.validate_inputs(name), str)
+    assert os.listdir(folders / "output" / "fastercache") == ["a folder.json"], "nothing half written is left"
+
+
+def test_two_processes_that_save_one_policy_leave_it_whole(folders):
+    """Whoever is last; and nobody reads half of one."""
+    policies = [replace(POLICY, setup=replace(POLICY.setup, model="x" * 400 * i)) for i in range(2)]
+    save("shared", policies[0])
+    savers = [threading.Thread(target=lambda p=p: [save("shared", p) for _ in range(100)]) for p in policies]
+    for saver in savers:
+        saver.start()
+    read = [load("shared") for _ in range(100)]
+    for saver in savers:
+        saver.join()
+    assert all(policy in policies for policy in read) and load("shared") in policies
+    assert os.listdir(folders / "output" / "fastercache") == ["shared.json"]
+
+
 def test_files_put_into_the_input_folder_are_found_too(folders):
     (folders / "input" / "fastercache").mkdir()
     os.replace(save("given"), folders / "input" / "fastercache" / "given.json")
@@ -91,7 +127,9 @@ def test_a_file_that_is_no_policy_is_refused(folders):
     path = save("broken")
     with open(path, "w") as file:
         file.write('{"format": "something else"}')
-    with pytest.raises(ValueError, match="not a policy"):
+    with pytest.raises(
+        ValueError, match=r"^FasterCachePolicyLoad: filename is 'broken'\. This is not a policy of FasterCache\.$"
+    ):
         load("broken")
 
 

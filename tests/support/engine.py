@@ -233,7 +233,7 @@ class Run:
     def _guided(self, outputs: Sequence[Tensor], sigma: float) -> Tensor:
         active = self.sampling.active(sigma)
         if 0 not in active:
-            return outputs[active[0]]
+            return outputs[active[0] if active else 0]  # of nothing the host makes zeros
         changes = [outputs[0] - outputs[i] for i in active if i]
         return outputs[0] + (self.sampling.cfg - 1) * sum(changes) if changes else outputs[0]
 

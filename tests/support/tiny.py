@@ -202,10 +202,10 @@ VERSIONED = {
 }
 
 
-def build(name, seed=0):
-    """A ModelPatcher of the family on the CPU in float32, with seeded random weights."""
+def build(name, seed=0, dtype=torch.float32):
+    """A ModelPatcher of the family on the CPU, with seeded random weights."""
     config = getattr(comfy.supported_models, SPECS[name]["cls"])(_config(name))
-    config.set_inference_dtype(torch.float32, None)
+    config.set_inference_dtype(dtype, None)
     model = config.get_model({}, "")
     random_weights(model.diffusion_model, seed)
     return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
