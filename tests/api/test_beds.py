@@ -3,11 +3,13 @@
 import pytest
 
 from benchmarks.tools.sampling import Bench, Run
+from support.beds import skip_where_it_cannot_run
 from testbed.beds import BEDS
 
 
 @pytest.mark.parametrize("name", list(BEDS))
 def test_a_bed_is_sampled_with_its_own_steps_and_guidance(host, name):
+    skip_where_it_cannot_run(name)
     bed = BEDS[name]
     result = Bench(host, name).sample(Run("full", steps=min(bed.steps, 8), cfg=bed.cfg), bed.prompts("tuning")[:1])
     side = result.pictures.shape[2]

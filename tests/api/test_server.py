@@ -1,5 +1,6 @@
 """The server that demo and tests start: what it says when it fails, and that nothing stays behind."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -22,6 +23,15 @@ with Host(nodes={"measure": ROOT / "benchmarks" / "nodes"}) as host:
 def listens(port):
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_every_node_is_there(host):
+    """With the name that the page shows."""
+    texts = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert texts
+    assert {id: host.object_info(id)["display_name"] for id in texts} == {
+        id: text["display_name"] for id, text in texts.items()
+    }
 
 
 def test_a_node_folder_that_does_not_load_is_shown_with_its_reason(tmp_path):

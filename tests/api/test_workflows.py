@@ -97,6 +97,6 @@ def test_a_wrong_input_is_named(host, inputs, words):
 
 def test_a_node_that_does_not_exist_is_named(host):
     graph = demo()
-    find(graph, "FasterCache")["class_type"] = "NoSuchNode"
+    find(graph, "FasterCache").update(class_type="NoSuchNode", _meta={"title": "NoSuchNode"})
     with pytest.raises(HostError, match="NoSuchNode"):
         host.run(graph)

@@ -3,6 +3,7 @@
 from itertools import pairwise
 from types import SimpleNamespace
 
+import comfy.model_sampling
 import comfy.samplers
 import pytest
 import torch
@@ -20,7 +21,11 @@ class Network:
 
     def __init__(self, values):
         self.values = list(values)
-        self.inner_model = self
+        self.inner_model = self.model_patcher = self
+
+    def get_model_object(self, name):
+        """Samplers of newer hosts look at the model's sampling."""
+        return comfy.model_sampling.CONST()
 
     def __call__(self, x, sigma, **kwargs):
         return torch.full_like(x, self.values.pop(0))

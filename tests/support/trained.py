@@ -9,6 +9,7 @@ from fastercache_pack.fastercache_core.settings import CacheSettings
 from fastercache_pack.nodes.host.wrappers import attach
 from torch import Tensor
 
+from support.beds import skip_where_it_cannot_run
 from support.runs import totals
 from testbed.beds import BEDS
 
@@ -20,6 +21,7 @@ class Painter:
 
     def __init__(self, bed: str = "mmdit", prompts: Sequence[str] = (), seed: int = 7) -> None:
         """prompts: six of those for tuning where none are given."""
+        skip_where_it_cannot_run(bed)
         self.bed, self.seed = BEDS[bed], seed
         self.model = self.bed.load()
         self.prompts = prompts or self.bed.prompts("tuning")[:6]
