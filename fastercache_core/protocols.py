@@ -101,16 +101,14 @@ class Network(Protocol):
 class RunContext:
     """What a run is, as far as controllers ask.
 
-    guidance_scale: by which differences between branches are multiplied; sigmas: of the run, noisiest first;
-    timestep(sigma) -> 0..1000: of Stable Diffusion's schedule; late: never let the host wait for the device, see
-    `readback`; predicts, estimates, reuses: which actions the run allows.
+    guidance_scale: by which differences between branches are multiplied; sigmas: of the run, noisiest first; late:
+    never let the host wait for the device, see `readback`; predicts, estimates, reuses: which actions the run allows.
     """
 
     percent_to_sigma: Callable[[float], float]
     guidance_scale: float
     solver: Solver
     sigmas: tuple[float, ...]
-    timestep: Callable[[float], float]
     late: bool = False
     predicts: bool = True
     estimates: bool = True
@@ -122,12 +120,14 @@ class Signals:
     """What a controller decides by: the signals of a region, as they are before an evaluation.
 
     output: of the conditional branch, None where evaluations are not predicted; differences: of the other active
-    branches, None for one that was never computed; probe: errors of reused features, where they are probed.
+    branches, None for one that was never computed; probe: errors of reused features, where they are probed; estimates:
+    of the other branches once more, as CFG-Cache of another node carries them forward, empty where none does.
     """
 
     output: Signal | None
     differences: Sequence[Signal | None]
     probe: Probe | None = None
+    estimates: Sequence[Signal | None] = ()
 
 
 class Controller(Protocol):

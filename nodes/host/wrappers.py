@@ -15,7 +15,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...fastercache_core.report import summary_line
-from ...fastercache_core.settings import CacheSettings
+from ...fastercache_core.settings import CacheSettings, combined
 from .announce import announce
 from .compatibility import RunSetup
 from .conditioning import step_hooks
@@ -32,20 +32,23 @@ MASK, CALLBACK = 4, 5  # their places among the arguments of OUTER_SAMPLE
 
 
 class ReportBox:
-    """Holds the last run's report, plain JSON data, for whoever has the MODEL."""
+    """Holds the last run's report, plain JSON data, for whoever has the MODEL; before: that of the node before."""
 
-    def __init__(self, node_id: str | None = None) -> None:
-        self.node_id = node_id
+    def __init__(self, node_id: str | None = None, before: ReportBox | None = None) -> None:
+        self.node_id, self.before = node_id, before
         self.report: dict[str, Any] | None = None
 
 
-def attach(model: Any, settings: CacheSettings, node_id: str | None = None) -> Any:
-    """Return a clone of `model` (ModelPatcher) that samples under `settings`.
+def attach(model: Any, settings: CacheSettings, node_id: str | None = None, keeps: bool = False) -> Any:
+    """Return a clone of `model` (ModelPatcher) that samples under `settings`, with what is on it already.
 
-    A second cache node on the same model replaces the first one's settings.
+    See `combined`; keeps: of what both speak of, what is on the model counts.
     """
+    there = model.model_options["transformer_options"].get(SETTINGS_KEY)
+    if there:
+        settings = combined(settings, there) if keeps else combined(there, settings)
     patched = _wrapped(model, settings)
-    patched.set_attachments(BOX_KEY, ReportBox(node_id))
+    patched.set_attachments(BOX_KEY, ReportBox(node_id, model.get_attachment(BOX_KEY)))
     return patched
 
 
@@ -168,6 +171,7 @@ def _run_of(options: dict[str, Any]) -> CacheRun | None:
 
 def _deliver(box: ReportBox | None, report: dict[str, Any]) -> None:
     logging.info(summary_line(report))
-    if box is not None:
+    while box is not None:
         box.report = report
         announce(box.node_id, report)
+        box = box.before

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fastercache_core.actions import Action
 from fastercache_core.clock import Clock
-from fastercache_core.controllers.planned import flow_timestep
 from fastercache_core.engine import Engine, Outcome
 from fastercache_core.features.reuse import planned_reuse
 from fastercache_core.protocols import FeatureUse, Observer, Pass, Result, RunContext
@@ -189,7 +188,6 @@ class Run:
             sampling.cfg,
             sampling.solver or SOLVERS[sampling.sampler],
             tuple(sampling.sigmas),
-            flow_timestep,
             late=sampling.late,
             predicts=settings.output is not None,
             estimates=settings.difference is not None,
