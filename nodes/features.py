@@ -59,7 +59,7 @@ def feature_inputs() -> list[io.Input]:
 def reuse_inputs() -> list[io.Input]:
     """The knobs of feature reuse that the papers have, beside its depth."""
     every = "Compute reused parts once in this many steps (FasterCache: 2 or 3)."
-    w = "How much of the last change is added: w of eq. 5. 0 = 0.5 with constant, 1 at the end of a ramp."
+    w = "How much of the last change is added (w of eq. 5). 0 = 0.5 if constant, 1 at a ramp's end."
     blocks = "Only so many blocks: of attention the first ones. 0 = all."
     return [
         advanced(io.Int.Input("reuse_interval", default=2, min=2, max=20, optional=True, tooltip=every)),

@@ -84,7 +84,7 @@ def method_inputs() -> list[io.Input]:
     """The inputs that choose a method, and those of every method, which the page shows with it."""
     method = "What is skipped. What is on the model already stays, and counts where both say the same."
     preset = "Closeness to full sampling: exact-looking 50 dB PSNR, balanced 42, fast 36 (small changes)."
-    interval = "CFG-Cache: run the negative pass once in this many steps. FRDiff: compute one step in this many."
+    interval = "One in this many steps is computed in full; with CFG-Cache the others skip the negative pass."
     mixing = "What the steps between do: as in the paper, or hold scores, or reuse features throughout."
     start, end = window_inputs()
     inputs = {

@@ -91,8 +91,7 @@ class ReuseCache:
         """
         self.evaluation = evaluation
         self._forget_useless()
-        spared = evaluation.is_last and not self.settings.last
-        self.due = set() if spared else {kind for kind in self._computed_at if self._may_skip(kind)}
+        self.due = {kind for kind in self._useful() & self._computed_at.keys() if self._may_skip(kind)}
 
     def reusable(self, branches: Iterable[Branch]) -> set[str]:
         """Kinds that are due and were recorded recently enough for every branch.
@@ -104,9 +103,7 @@ class ReuseCache:
 
     def to_store(self) -> set[str]:
         """Kinds of sites that may be reused after this evaluation: their outputs are of use."""
-        if self.evaluation.is_last:
-            return set()
-        return {kind for kind, (_, low) in self.windows.items() if low < self.evaluation.sigma}
+        return set() if self.evaluation.is_last else self._useful()
 
     def begin_record(self, branches: Sequence[Branch | None], kinds: Iterable[str]) -> None:
         """Note that this evaluation computes the sites of `kinds` for `branches` (None: not stored)."""
@@ -161,6 +158,12 @@ class ReuseCache:
         self._forget(lambda branch, kind: True)
         self._computed_at.clear()
 
+    def _useful(self) -> set[str]:
+        """Kinds of sites that may be reused at this evaluation or after it."""
+        if self.evaluation.is_last and not self.settings.last:
+            return set()
+        return {kind for kind, (_, low) in self.windows.items() if low <= self.evaluation.sigma}
+
     def _may_skip(self, kind: str) -> bool:
         high, low = self.windows[kind]
         return low <= self.evaluation.sigma <= high and self._computed_at[kind] > self._oldest(kind)
@@ -183,7 +186,7 @@ class ReuseCache:
 
         Such as the windows of a long video, where these move on.
         """
-        alive = self.to_store()
+        alive = self._useful()
         old = {
             (branch, kind)
             for (branch, kind), newest in self.memory.last_recorded().items()

@@ -183,6 +183,7 @@ class Run:
         self.sampling, self.clock = sampling, Clock(sampling.sigmas)
         self.network = Network(sampling.model, settings.reuse is not None, sampling.deep)
         self.outcomes: list[Outcome] = []
+        self.latents: list[Tensor] = []  # at every evaluation
         context = RunContext(
             lambda percent: 1 - percent,
             sampling.cfg,
@@ -197,6 +198,7 @@ class Run:
 
     def denoise(self, x: Tensor, sigma: float) -> Tensor:
         """The guided denoised latent, by the engine."""
+        self.latents.append(x)
         outcome = self.engine.evaluate(self._pass(x, sigma), self.network)
         self.outcomes.append(outcome)
         return self._guided(outcome.outputs, sigma)
