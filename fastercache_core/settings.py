@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from . import messages
@@ -26,7 +25,7 @@ class CacheSettings:
     predicted; reuse: which features are reused. None turns each of them off. learn: sample in full as well, and learn
     what errors mean on this model. found: follow a policy that was found for exactly this run, if there is one.
     guided: how CFG-Cache estimates beside predicted steps, where another node says it; None for as `difference` does.
-    node: what says so; owners: {part: node} where several do; notes: what of them is left out.
+    node: what says so; owners: (part, node) where several do; notes: what of them is left out.
     """
 
     label: str
@@ -38,7 +37,7 @@ class CacheSettings:
     found: bool = False
     guided: DifferenceSettings | None = None
     node: str = "another node"
-    owners: Mapping[str, str] = field(default_factory=dict)
+    owners: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -74,7 +73,7 @@ class CacheSettings:
             GUIDANCE: self.guidance is not None or self.is_policy,
             FEATURES: self.reuse is not None,
         }
-        return {part: self.owners.get(part, f"{self.node} ({self.label})") for part in PARTS if spoken[part]}
+        return {part: dict(self.owners).get(part, f"{self.node} ({self.label})") for part in PARTS if spoken[part]}
 
     def with_steps(self, steps: ControllerSettings) -> CacheSettings:
         """The same with other settings in the place of those that predict steps."""
@@ -110,7 +109,7 @@ def combined(earlier: CacheSettings, later: CacheSettings) -> CacheSettings:
         by[STEPS].found and alone,
         by[GUIDANCE].guides if steps and guidance else None,
         later.node,
-        owners,
+        tuple(owners.items()),
         notes,
     )
 

@@ -91,7 +91,7 @@ FRDIFF_NOTE = f"""\
 {CHOOSE}
 
 Every second step is computed in full. Early steps between hold the last output, late ones reuse features, those \
-in the middle mix both: 50 DDIM steps, as in the paper. **FasterCache FRDiff** with a policy from **Auto-FR** is closer."""
+in the middle mix both: 50 DDIM steps, as in the paper. A policy from **FasterCache Auto-FR** is closer."""
 FEATURES_NOTE = f"""\
 ## Reused features within 2 GB
 {CHOOSE}
