@@ -115,7 +115,7 @@ class FasterCacheKSampler(io.ComfyNode):
         policy = "From FasterCache Auto-FR or a file; for the methods policy and automatic."
         inputs = [
             model_input(),
-            *sampler_inputs((1, 20, 10000), cfg=8.0),
+            *sampler_inputs((1, 30, 10000), cfg=5.0),
             *prompt_inputs(),
             io.Latent.Input("latent_image", tooltip="The latent to denoise."),
             denoise_input(),
