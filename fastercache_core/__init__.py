@@ -9,6 +9,7 @@ actions       what an evaluation does for a branch
 signal        one quantity that is predicted: its forecaster, and the local error of its last forecast
 forecast      how a quantity is carried forward in sigma
 bands         the low and high spatial frequencies of a tensor
+published     settings of the papers' code, by the name of their model
 paper_weights  the band weights of CFG-Cache
 solvers       facts about samplers: calls, order, noise, steps
 walk          whether a latent moves as a solver moves it

@@ -42,7 +42,8 @@ class Step:
 
     cost: what it computes over what COMPUTE computes; mix: lambda of MIX; cond, difference: weights of the last
     computed values, newest first, of each its bands, that predict the conditional output and uncond - cond, or, where
-    these are computed, correct them. Empty: the run's own forecast, and no correction.
+    these are computed, correct them. Empty: the run's own forecast, and no correction. reuses: what runs in ESTIMATE
+    takes features from the cache.
     """
 
     action: Action
@@ -50,6 +51,7 @@ class Step:
     mix: float = 1.0
     cond: tuple[float, ...] = ()
     difference: tuple[float, ...] = ()
+    reuses: bool = False
 
     @property
     def weighs(self) -> bool:

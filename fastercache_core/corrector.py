@@ -58,6 +58,11 @@ class Corrector:
         self.skipped = []
         return self._add(evaluation, shifts + self._echo(weight, before), scale)
 
+    def passed(self, evaluation: Evaluation, scale: Tensor) -> Tensor | None:
+        """The signal was computed, but its forecaster has not taken the value: there is nothing to compare yet."""
+        weight, before = self._weights(evaluation)
+        return self._add(evaluation, self._echo(weight, before), scale)
+
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
         forecasts = [skipped.forecast for skipped in self.skipped]
@@ -65,7 +70,7 @@ class Corrector:
 
     def _weights(self, evaluation: Evaluation) -> tuple[float, float]:
         weight, before = self.solver.step_weights(self.last, evaluation.sigma, evaluation.sigma - evaluation.step)
-        if self.skipped:
+        if self.skipped and self.skipped[-1].evaluation.sigma == self.last:
             self.skipped[-1].weight += before
         return weight, before
 

@@ -37,6 +37,7 @@ class Engine:
         self.controller = settings.controller.controller(context)
         self.output = settings.output.signal() if settings.output else None
         self.differences: dict[int, Signal] = {}
+        self.estimates: dict[int, Signal] = {}  # the same as CFG-Cache of another node carries them forward
         self.correctors: dict[int, Corrector] = {}
         self.corrects = settings.controller.corrects and context.solver.corrects
         self.probe = Probe() if settings.controller.probes and context.reuses else None
@@ -115,9 +116,9 @@ class Engine:
             output = None if pass_.others else self.output
             return Signals(output, [], self.probe, lambda: self._weights([]))
         others = pass_.others
-        return Signals(
-            self.output, [self.differences.get(i) for i in others], self.probe, lambda: self._weights(others)
-        )
+        differences = [self.differences.get(i) for i in others]
+        estimates = [self.estimates.get(i) for i in others] if self.settings.guided else []
+        return Signals(self.output, differences, self.probe, lambda: self._weights(others), estimates)
 
     def _weights(self, others: Sequence[int]) -> list[float]:
         weights = self.guidance.weights
@@ -142,7 +143,7 @@ class Engine:
     def _estimate(self, step: Step, pass_: Pass, network: Network) -> Outcome:
         """The reference by the network, the others from it."""
         alone = [branch if i == pass_.reference else None for i, branch in enumerate(pass_.branches)]
-        use = FeatureUse.REUSE if self.settings.controller.reference_only else FeatureUse.STORE
+        use = FeatureUse.REUSE if step.reuses else FeatureUse.STORE
         result = network.run(pass_, alone, use)
         cond = result.outputs[pass_.reference]
         outputs = self._fill(self._with_weights(step, pass_, result.outputs), pass_, cond)
@@ -167,10 +168,11 @@ class Engine:
         if cond is None:
             assert self.output is not None
             cond = space.denoised(self.output.predict(sigma, values=step.cond).to(pass_.x.dtype))
+        guides = self.estimates if step.action is Action.ESTIMATE and self.settings.guided else self.differences
         # The host leaves inactive branches at zero.
         outputs = [cond if i in pass_.active else torch.zeros_like(cond) for i in range(len(pass_.branches))]
         for i in pass_.others:
-            outputs[i] = self.differences[i].predict(sigma, cond, space.scale, step.difference)
+            outputs[i] = guides[i].predict(sigma, cond, space.scale, step.difference)
         return outputs
 
     def _probe_is_due(self, pass_: Pass) -> bool:
@@ -216,7 +218,8 @@ class Engine:
             self.output.observe(sigma, space.output(cond), unit)
         if self.settings.difference:
             for i in pass_.others:
-                self._difference(i).observe(sigma, space.difference(outcome.outputs[i], cond), unit)
+                for signal in self._differences(i):
+                    signal.observe(sigma, space.difference(outcome.outputs[i], cond), unit)
 
     def _compare(self, outcome: Outcome, pass_: Pass) -> None:
         """Tell the probe, before its first time, how far the outputs changed: it may not be worth while."""
@@ -231,14 +234,16 @@ class Engine:
             self.probe.changed(pass_.evaluation, change * space.unit(pass_.x))
         self.before = now
 
-    def _difference(self, index: int) -> Signal:
-        if index not in self.differences:
-            assert self.settings.difference is not None
-            self.differences[index] = self.settings.difference.signal(self.context.percent_to_sigma)
-        return self.differences[index]
+    def _differences(self, index: int) -> list[Signal]:
+        """The signals of a branch's difference to the reference."""
+        kinds = ((self.differences, self.settings.difference), (self.estimates, self.settings.guided))
+        for signals, settings in kinds:
+            if settings and index not in signals:
+                signals[index] = settings.signal(self.context.percent_to_sigma)
+        return [signals[index] for signals, settings in kinds if settings]
 
     def _signals(self) -> list[Signal]:
-        return [*([self.output] if self.output else []), *self.differences.values()]
+        return [*([self.output] if self.output else []), *self.differences.values(), *self.estimates.values()]
 
     # Correct
 
@@ -267,6 +272,8 @@ class Engine:
             corrector = self.correctors.setdefault(i, Corrector(self.context.solver))
             if signal and outcome.action is Action.COMPUTE:
                 shifts[i] = corrector.computed(evaluation, signal.forecaster, space.scale)
+            elif signal and i == reference and outcome.action is Action.ESTIMATE:
+                shifts[i] = corrector.passed(evaluation, space.scale)
             elif signal:
                 value = space.output(cond) if i == reference else space.difference(outcome.outputs[i], cond)
                 shifts[i] = corrector.predicted(evaluation, value, space.scale)

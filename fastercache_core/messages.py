@@ -57,6 +57,24 @@ def features_not_reused(were_probed: bool, steps: int) -> str:
     return f"features were cached but not reused: {reason}"
 
 
+# Several nodes on one model
+
+one_says = "of {} this model follows {}, not {}: both are on it".format
+
+
+def takes_row(row: str, source: str, family: str | None) -> str:
+    """Whose published settings count. family: of the model that has none of its own, None where they were chosen."""
+    return f"published settings: {row} ({source})" + (f", for {family}" if family else "")
+
+
+def left_out(part: str, node: str, policy: str) -> str:
+    """What a policy leaves no room for."""
+    return f"{part} of {node} left out: the policy of {policy} says all of every step"
+
+
+LEARNS_ALONE = "learn is off: other nodes on this model skip as well, and errors are learnt from steps alone"
+
+
 # Learning on the user's own model
 
 NOTHING_LEARNT = (
@@ -151,7 +169,7 @@ frdiff_cfg_pp_cfg = (
 )
 frdiff_multistep = (
     "sampler {} builds on earlier evaluations, where fewer steps can be better than reused features: nothing is "
-    "skipped (score_mixing features reuses them all the same)"
+    "skipped (score_mixing paper or features reuses them all the same)"
 ).format
 
 

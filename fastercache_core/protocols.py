@@ -101,14 +101,13 @@ class Network(Protocol):
 class RunContext:
     """What a run is, as far as controllers ask.
 
-    sigmas: of the run, noisiest first; timestep(sigma) -> 0..1000: of Stable Diffusion's schedule; late: never let
-    the host wait for the device, see `readback`; predicts, estimates, reuses: which actions the run allows.
+    sigmas: of the run, noisiest first; late: never let the host wait for the device, see `readback`; predicts,
+    estimates, reuses: which actions the run allows.
     """
 
     percent_to_sigma: Callable[[float], float]
     solver: Solver
     sigmas: tuple[float, ...]
-    timestep: Callable[[float], float]
     late: bool = False
     predicts: bool = True
     estimates: bool = True
@@ -122,12 +121,14 @@ class Signals:
     output: of the conditional branch, None where evaluations are not predicted; differences: of the other active
     branches, None for one that was never computed; probe: errors of reused features, where they are probed. weights():
     how far the guided result moves for one unit of an error of each, the output's first; None: all count the same.
+    estimates: of the other branches once more, as CFG-Cache of another node carries them forward; empty without one.
     """
 
     output: Signal | None
     differences: Sequence[Signal | None]
     probe: Probe | None = None
     weights: Callable[[], Sequence[float]] | None = None
+    estimates: Sequence[Signal | None] = ()
 
     def weighed(self, output: bool = True) -> list[tuple[Signal, float]]:
         """Those that were computed, with their weights; output: with that of the conditional branch."""

@@ -5,8 +5,9 @@ from comfy_api.latest import ComfyExtension, io
 from .auto_fr import FasterCacheAutoFR
 from .cfg_cache import FasterCacheCFG, FasterCacheGuider
 from .compare import FasterCacheCompare
-from .fastercache import FasterCache, FasterCacheKSampler
+from .fastercache import FasterCache
 from .frdiff import FasterCacheFRDiff
+from .ksampler import FasterCacheKSampler
 from .policy import FasterCachePolicyLoad, FasterCachePolicySave
 from .report import FasterCacheReport
 from .schema import checked

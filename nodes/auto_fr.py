@@ -65,9 +65,8 @@ class FasterCacheAutoFR(io.ComfyNode):
         method = choice(cls, inputs, "method", METHODS)
         latent = comfy.utils.repeat_to_batch_size(inputs["latent_image"]["samples"], inputs["pictures"])
         sampling = Sampling(inputs["positive"], inputs["negative"], latent, *(inputs[name] for name in SAMPLING))
-        features = inputs.get("features", False) and method != "gradient"
         try:
-            policy = find_policy(model, sampling, inputs["budget"], METHODS[method], features)
+            policy = find_policy(model, sampling, inputs["budget"], METHODS[method], inputs.get("features", False))
         except CalibrationError as error:
             raise wrong(cls, f"{error}.") from error
         return io.NodeOutput(policy, f"{text(policy)}\n\n{messages.keeps_found(keep(policy))}", curve(policy))

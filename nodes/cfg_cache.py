@@ -1,5 +1,6 @@
 """CFG-Cache alone, with all its settings: FasterCacheCFG on a MODEL, FasterCacheGuider as a GUIDER."""
 
+from dataclasses import replace
 from typing import Any
 
 import comfy.samplers
@@ -10,11 +11,14 @@ from ..fastercache_core.clock import Interval
 from ..fastercache_core.controllers.interval import IntervalSettings
 from ..fastercache_core.forecast import FORECASTERS
 from ..fastercache_core.paper_weights import WEIGHTS
+from ..fastercache_core.published import PUBLISHED, RELEASED
 from ..fastercache_core.settings import CacheSettings
 from ..fastercache_core.signal import DifferenceSettings
 from .host.wrappers import attach
 from .inputs import advanced, cfg_input, fraction, model_input, model_output, prompt_inputs, window_inputs
 from .schema import WITH_ID, Inputs, Node, choice, schema, window
+
+TOLERANCE = 0.016  # of a skipped step, as measured
 
 
 def guidance_inputs() -> list[io.Input]:
@@ -25,29 +29,39 @@ def guidance_inputs() -> list[io.Input]:
     tolerance = "Skip where the estimated error of a step is below this fraction. 0 = follow the interval."
     forecast = "How the difference is predicted: fitted to this run, held (paper) or extrapolated."
     weights = "Extra weight for low and high frequencies of the difference, as published."
-    switch = "Where the added weight moves from low to high frequencies. Only used with weights."
+    switch = "Where the added weight moves from low to high frequencies. Only used with paper."
+    released = "Whose factors, windows and radius the weights released take: each script has its own."
     return [
         io.Int.Input("interval", default=2, min=1, max=20, tooltip=interval),
-        advanced(io.Float.Input("tolerance", default=0.016, min=0.0, max=1.0, **fine, tooltip=tolerance)),
+        advanced(io.Float.Input("tolerance", default=TOLERANCE, min=0.0, max=1.0, **fine, tooltip=tolerance)),
         advanced(io.Combo.Input("forecast", options=list(FORECASTERS), default="fitted", tooltip=forecast)),
         advanced(io.Combo.Input("weights", options=list(WEIGHTS), default="none", tooltip=weights)),
         *window_inputs(),
         fraction("radius", 0.2, "Low frequencies: those within this fraction of the shorter latent side.", high=0.5),
         advanced(io.Int.Input("bands", default=2, min=1, max=8, tooltip=bands)),
-        fraction("alpha_low", 0.2, "Added weight of low frequencies. Only used with weights."),
-        fraction("alpha_high", 0.2, "Added weight of high frequencies. Only used with weights."),
+        fraction("alpha_low", 0.2, "Added weight of low frequencies. Only used with paper."),
+        fraction("alpha_high", 0.2, "Added weight of high frequencies. Only used with paper."),
         fraction("switch_percent", 0.6, switch),
+        advanced(io.Combo.Input("released", options=RELEASED, default=RELEASED[0], optional=True, tooltip=released)),
     ]
+
+
+def difference_settings(node: Node, inputs: Inputs) -> DifferenceSettings:
+    """How the difference is carried forward and weighed, as the inputs of `node` say."""
+    forecast, weights = choice(node, inputs, "forecast", FORECASTERS), choice(node, inputs, "weights", WEIGHTS)
+    row = choice(node, {"released": RELEASED[0], **inputs}, "released", RELEASED)
+    if weights == "released":
+        return replace(PUBLISHED[row].difference, forecast=forecast)
+    shape = (inputs[name] for name in ("radius", "bands", "alpha_low", "alpha_high", "switch_percent"))
+    return DifferenceSettings(forecast, weights, *shape)
 
 
 def with_cfg_cache(node: Node, model: ModelPatcher, inputs: Inputs) -> ModelPatcher:
     """`model` with CFG-Cache as the inputs of `node` say. Raises ValueError on wrong inputs."""
-    interval = Interval(inputs["interval"], window(node, inputs))
-    forecast, weights = choice(node, inputs, "forecast", FORECASTERS), choice(node, inputs, "weights", WEIGHTS)
-    shape = (inputs[name] for name in ("radius", "bands", "alpha_low", "alpha_high", "switch_percent"))
-    label = f"CFG-Cache 1 in {interval.every}, {forecast}, weights {weights}"
+    interval, difference = Interval(inputs["interval"], window(node, inputs)), difference_settings(node, inputs)
+    label = f"CFG-Cache 1 in {interval.every}, {difference.forecast}, weights {difference.weights}"
     controller = IntervalSettings(estimate=interval, tolerance=inputs["tolerance"] or None)
-    settings = CacheSettings(label, controller, DifferenceSettings(forecast, weights, *shape))
+    settings = CacheSettings(label, controller, difference, node=node.define_schema().display_name)
     return attach(model, settings, node.hidden.unique_id)
 
 

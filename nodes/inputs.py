@@ -10,6 +10,12 @@ def advanced(widget: io.WidgetInput) -> io.WidgetInput:
     return widget
 
 
+def shown_with(widget: io.WidgetInput, methods: list[str]) -> io.WidgetInput:
+    """The same input, which the page shows only with these values of the input `method`."""
+    widget.extra_dict = {**(widget.extra_dict or {}), "shown_with": methods}
+    return widget
+
+
 def fraction(name: str, default: float, tooltip: str, high: float = 1.0) -> io.WidgetInput:
     """An advanced input from 0 to `high`."""
     return advanced(io.Float.Input(name, default=default, min=0.0, max=high, step=0.01, tooltip=tooltip))

@@ -1,4 +1,5 @@
-// Shows on a node what it has to say: what the last run skipped, a report, a comparison.
+// Shows on a node what it has to say: what the last run skipped, a report, a comparison. On a node with several
+// methods it shows the inputs of the chosen one.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
@@ -62,10 +63,33 @@ function show(executionId, text) {
   if (box && text) box.element.textContent = text;
 }
 
+/** Show those inputs of a node that its method has; hidden ones keep their values. */
+function showMethod(node) {
+  const { required, optional } = node.constructor.nodeData.input ?? {};
+  const method = node.widgets?.find((widget) => widget.name === "method")?.value;
+  for (const widget of node.widgets ?? []) {
+    const methods = { ...required, ...optional }[widget.name]?.[1]?.shown_with;
+    if (methods) widget.hidden = widget.options.hidden = !methods.includes(method);
+  }
+  node.setSize([node.size[0], node.computeSize()[1]]);
+  app.canvas?.setDirty(true, true);
+}
+
+/** Follow the method of a node, typed or loaded; older pages know no hidden inputs and show all. */
+function followMethod(node) {
+  const widget = node.widgets?.find(({ name }) => name === "method");
+  if (!widget || !/^FasterCacheKSampler/.test(node.comfyClass)) return;
+  const { callback } = widget, { onConfigure } = node;
+  widget.callback = (...values) => { callback?.apply(widget, values); showMethod(node); };
+  node.onConfigure = (...values) => { onConfigure?.apply(node, values); showMethod(node); };
+  showMethod(node);
+}
+
 app.registerExtension({
   name: "FasterCache.Report",
   nodeCreated(node) {
     if (reports(node)) addBox(node);
+    followMethod(node);
   },
   setup() {
     api.addEventListener("fastercache.report", ({ detail }) => show(detail.node, detail.text));

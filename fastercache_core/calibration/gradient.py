@@ -5,6 +5,9 @@ with Adam on
 
     error of the final latents + weight * sum(relu(2 sigmoid(theta) - 1))
 
+What a closed gate does is what the first forecast does and, where reused features were recorded, features from the last
+computed evaluation as in the paper; both are trained, and the better of both counts at every cost.
+
 Four departures. The error is the one that calibration predicts from a recorded run (`GapErrors`), so that the network
 is not run and differentiated a hundred times: seconds, on any size of model. The weight of the penalty grows from zero
 while training, so that gates close one after the other, the least needed first. Theta starts from random values: from
@@ -27,6 +30,9 @@ from .policy import DEPTH, Point, thinned
 
 # Of the penalty at the end of training: from nearly everything computed to nearly nothing, for latents of size one.
 WEIGHTS = tuple(10.0 ** (5 * k / 48 - 7) for k in range(49))
+
+
+LOST = 1.0  # an error, relative to the latent, at which the picture is lost
 
 
 @dataclass(frozen=True)
@@ -53,11 +59,12 @@ class GapErrors:
     that exact search makes least, and its derivative by a gate is the difference that opening it makes.
     """
 
-    def __init__(self, losses: Losses, size: float) -> None:
-        """losses: their first forecast is what skipped evaluations do. size: root mean square of the latent."""
+    def __init__(self, losses: Losses, size: float, skip: Action = Action.PREDICT) -> None:
+        """skip: what evaluations with a closed gate do. size: root mean square of the latent."""
         every = list(gaps(losses.count))
-        loss = [losses.choices(*gap)[0].loss for gap in every]
-        self.loss = torch.tensor(loss, dtype=torch.float64) / size**2
+        loss = [losses.loss_of(*gap, skip) for gap in every]
+        lost = size**2  # where it cannot be done
+        self.loss = torch.tensor([lost if own is None else own for own in loss], dtype=torch.float64) / size**2
         self.following = torch.tensor([following for _, following in every])
         one = losses.count * (GAP + 1)  # the place of a one in `runs`
         places = [
@@ -80,15 +87,17 @@ class GapErrors:
 def find_points(reference: Reference, losses: Losses, settings: GradientSettings = DEFAULTS) -> list[Point]:
     """The best policies met in training at each cost, cheapest first, without weights.
 
-    losses: of `reference`; their first forecast is what skipped evaluations do.
+    losses: of `reference`; their first forecast, or reused features, are what skipped evaluations do.
     """
-    with torch.inference_mode(False), torch.enable_grad():  # the host runs its nodes without gradients
-        best = train(GapErrors(losses, overall_rms(reference.final)), losses.count, settings)
-    skip = losses.forecasts[0]
-    points = [
-        Point(error, losses.steps(Action.COMPUTE if gate > 0.5 else skip for gate in alpha))
-        for error, alpha in best.values()
-    ]
+    points: list[Point] = []
+    for skip in (*losses.forecasts[:1], *([Action.REUSE] if losses.reused else [])):
+        with torch.inference_mode(False), torch.enable_grad():  # the host runs its nodes without gradients
+            best = train(GapErrors(losses, overall_rms(reference.final), skip), losses.count, settings)
+        points += [
+            Point(error, losses.steps(Action.COMPUTE if gate > 0.5 else skip for gate in alpha))
+            for error, alpha in best.values()
+            if error < LOST
+        ]
     return thinned(pareto(sorted(points, key=lambda p: (p.cost, p.error)), lambda p: p.error))
 
 

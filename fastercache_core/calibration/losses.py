@@ -185,16 +185,19 @@ class Losses:
         errors = np.stack([error for way in ways for error, _ in way.values()])
         units = tuple((action, self._units(action)) for action in self.costs)
         picks, actions, costs = _patterns(tuple(tuple(way) for way in ways), units)
-        echoes = np.array([self.echoes[keys[0] + 1 + i] for i, way in enumerate(ways) for _ in way])[:, None]
-        total = picks @ (errors * echoes)
-        loss = self._energy(total)
-        if self.corrects and following < self.count:
-            echoes[-len(ways[-1]) :] = 1.0  # the next step is still to come
-            loss = self._energy(self._corrected(total, (following, *keys))) + SEEN * self._energy(
-                picks @ (errors * echoes)
-            )
+        places = [keys[0] + 1 + i for i, way in enumerate(ways) for _ in way]
+        loss = self._losses(picks, errors, places, (following, *keys))
         choices = (Choice(float(loss[i]), costs[i], actions[i]) for i in np.lexsort((loss, np.array(costs))))
         return pareto(choices, lambda choice: choice.loss)
+
+    def loss_of(self, keys: Keys, following: int, action: Action) -> float | None:
+        """What is left where all from keys[0] to `following` take one action; None where one of them cannot."""
+        places = list(range(keys[0] + 1, following))
+        ways = [self.ways(keys, m) for m in places]
+        if not all(action in way for way in ways):
+            return None
+        errors = np.stack([way[action][0] for way in ways])
+        return float(self._losses(np.ones((1, len(places))), errors, places, (following, *keys))[0])
 
     def ways(self, keys: Keys, m: int) -> dict[Action, tuple[np.ndarray, float]]:
         """What may be done at `m` after `keys`: {action: (effect on the latent, as weights of all values; lambda)}."""
@@ -218,6 +221,18 @@ class Losses:
             else:
                 steps.append(Step(action, self.costs[action], self.ways(keys, m)[action][1]))
         return tuple(steps)
+
+    def _losses(self, picks: np.ndarray, errors: np.ndarray, places: Sequence[int], known: Keys) -> np.ndarray:
+        """Losses [ways] of the `errors` [errors, values] that each way picks [ways, errors].
+
+        places: the evaluation of each error; known: the one that is computed after them, and those before.
+        """
+        following, echoes = known[0], np.array([self.echoes[m] for m in places])[:, None]
+        total = picks @ (errors * echoes)
+        if not (self.corrects and following < self.count):
+            return self._energy(total)
+        echoes[np.array(places) == following - 1] = 1.0  # the next step is still to come
+        return self._energy(self._corrected(total, known)) + SEEN * self._energy(picks @ (errors * echoes))
 
     def _energy(self, errors: np.ndarray) -> np.ndarray:
         """Mean squares [ways] of errors [ways, values]."""

@@ -16,8 +16,9 @@ MAX_BYTES = 8_000_000
 MAX_WEIGHTS = KEPT * BANDS
 MAX_TEXT = 500
 ACTIONS = {action.value: action for action in Action}
-SETUP_FIELDS, STEP_FIELDS = ({f.name for f in fields(kind)} for kind in (Setup, Step))
+SETUP_FIELDS = {f.name for f in fields(Setup)}
 DEFAULTS: dict[str, Any] = {"cost": 0.0, "mix": 1.0, "cond": (), "difference": ()}
+STEP_FIELDS = {"action", *DEFAULTS}
 
 T = TypeVar("T")
 

@@ -69,7 +69,7 @@ class IntervalController:
                 # An error may be as large as the share of the work that it saves.
                 share = len(differences) / (len(differences) + 1)
                 if self.may_estimate.allows(error / share for error in local_errors(signals, evaluation, output=False)):
-                    return Step(Action.ESTIMATE)
+                    return Step(Action.ESTIMATE, reuses=True)
         # A difference is only meaningful between branches that were computed alike.
         alike = not (self.estimates and signals.differences)
         return Step(Action.REUSE) if self.reuses and alike else COMPUTE

@@ -4,18 +4,15 @@ Score mixing (FRDiff, arXiv 2312.03517), as in its released code: with r the par
 
     lambda = clip((tau * (r - b) + 2) / 4, 0, 1),     score = lambda * reused + (1 - lambda) * held
 
-so early evaluations run no network at all (lambda 0) and late ones only reuse features (lambda 1). r is the step number
-over the number of steps of DDIM there; here it follows from sigma, so that it means the same with any scheduler.
+so early evaluations run no network at all (lambda 0) and late ones only reuse features (lambda 1).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 
-import numpy as np
 from torch import Tensor
 
 from ..actions import COMPUTE, Action, Step
@@ -25,29 +22,27 @@ from ..protocols import Controller, ControllerSettings, Pass, RunContext, Signal
 from ..signal import Signal
 from ..solvers import Solver
 
-# Stable Diffusion's noise schedule, on which the defaults of `tau` and `bias` were chosen.
-TIMESTEPS = 1000
-BETA_ROOTS = (0.00085**0.5, 0.012**0.5)
 # Below this lambda the released code runs no network.
 NO_CALL = 1e-10
 # How near an evaluation's sigma must be to the one that its step was laid down for, in log sigma.
 NEAR = 1e-2
 
-CONSTANT = {"automatic": 0.0, "scores": 0.0, "features": 1.0}
-MIXINGS = ("automatic", "paper", "scores", "features")
+CONSTANT = {"measured": 0.0, "scores": 0.0, "features": 1.0}
+MIXINGS = ("paper", *CONSTANT)
 
 
 @dataclass(frozen=True)
 class MixSettings:
-    """every: one keyframe in so many evaluations (M); mixing: "paper" = lambda as above, "scores" and "automatic" = 0
+    """every: one keyframe in so many evaluations (M); mixing: "paper" = lambda as above, "scores" and "measured" = 0
     and "features" = 1 throughout; tau, bias: slope and middle of lambda; window: the part of sampling outside which
-    every evaluation is a keyframe."""
+    every evaluation is a keyframe; as_released: the last evaluation is one like any other."""
 
     every: int = 2
     mixing: str = "paper"
     tau: float = 30.0
     bias: float = 0.5
     window: Window = field(default_factory=Window)
+    as_released: bool = False
     corrects, probes, longest_reuse = False, False, None
     reference_only, holds_slope, uses_errors, weighs = False, True, False, False
 
@@ -57,7 +52,7 @@ class MixSettings:
 
     def controller(self, context: RunContext) -> Controller:
         """The controller of one region of a run."""
-        return PlannedController(MixPlan(self, context))
+        return PlannedController(MixPlan(self, context), spares_last=not self.as_released)
 
 
 @dataclass(frozen=True)
@@ -99,13 +94,14 @@ class StepsSettings:
 class PlannedController:
     """Follows a plan, and computes where a step cannot be taken, since too few values are known yet."""
 
-    def __init__(self, plan: MixPlan | StepsPlan, fewest: int | None = None) -> None:
-        self.plan, self.fewest = plan, fewest
+    def __init__(self, plan: MixPlan | StepsPlan, fewest: int | None = None, spares_last: bool = True) -> None:
+        """spares_last: the last evaluation is computed, but for steps with weights."""
+        self.plan, self.fewest, self.spares_last = plan, fewest, spares_last
 
     def choose(self, evaluation: Evaluation, signals: Signals) -> Step:
         """See Controller."""
         step = self.plan.at(evaluation)
-        if evaluation.is_last and not (step.weighs or self.fewest):
+        if evaluation.is_last and self.spares_last and not (step.weighs or self.fewest):
             return COMPUTE
         known = all(self._known(signal, step.difference) for signal in signals.differences)
         if step.action is Action.ESTIMATE:
@@ -162,7 +158,6 @@ class MixPlan:
 
     def __init__(self, settings: MixSettings, context: RunContext) -> None:
         self.settings, self.context = settings, context
-        self.offset = first_offset([done(sigma, context.timestep) for sigma in context.sigmas[:2]])
         self.high, self.low = settings.window.sigmas(context.percent_to_sigma)
 
     def at(self, evaluation: Evaluation) -> Step:
@@ -179,39 +174,17 @@ class MixPlan:
         return not inside or evaluation.ordinal == 0 or (evaluation.ordinal + phase) % self.settings.every == 0
 
     def share(self, evaluation: Evaluation) -> float:
-        """Lambda at `evaluation`: 0.0 = PREDICT, no network call; 1.0 = REUSE; between = MIX."""
-        s = self.settings
+        """Lambda at `evaluation`: 0.0 = PREDICT, no network call; 1.0 = REUSE; between = MIX.
+
+        r is the number of the step over that of all steps, as in the released code.
+        """
+        s, steps = self.settings, max(len(self.context.sigmas) - 1, 1)
         if s.mixing in CONSTANT:
             return CONSTANT[s.mixing]
-        share = mix_share(done(evaluation.sigma, self.context.timestep) - self.offset, s.tau, s.bias)
+        share = mix_share(evaluation.progress * (steps - 1) / steps, s.tau, s.bias)
         return 0.0 if share < NO_CALL else share
 
 
 def mix_share(r: float, tau: float = 30.0, bias: float = 0.5) -> float:
     """Lambda at the part `r` (0 to 1) of sampling that is done."""
     return min(max((tau * (r - bias) + 2.0) / 4.0, 0.0), 1.0)
-
-
-def done(sigma: float, timestep: Callable[[float], float]) -> float:
-    """The part of sampling that is done at `sigma`: i/T on DDIM's grid of evenly spaced timesteps."""
-    return 1.0 - float(timestep(sigma)) / TIMESTEPS
-
-
-def first_offset(parts: Sequence[float]) -> float:
-    """What to take off `done`, so that it is 0 at the first of a run's evaluations: at most one step.
-
-    DDIM's grid begins up to one step below the noisiest timestep. parts: `done` at the first two sigmas.
-    """
-    return min(parts[0], parts[1] - parts[0]) if len(parts) == 2 else 0.0
-
-
-def flow_timestep(sigma: float) -> float:
-    """The timestep at which Stable Diffusion has the signal-to-noise ratio of a flow model at `sigma` (0 to 1)."""
-    ratio = sigma / max(1.0 - sigma, 1e-9)
-    return float(np.interp(np.log(max(ratio, 1e-9)), _log_sigmas(), np.arange(1, TIMESTEPS + 1)))
-
-
-@cache
-def _log_sigmas() -> np.ndarray:
-    left = np.cumprod(1.0 - np.linspace(*BETA_ROOTS, TIMESTEPS) ** 2)
-    return np.log((1.0 - left) / left) / 2.0

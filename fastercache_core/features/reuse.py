@@ -35,9 +35,10 @@ class ReuseSettings:
 
     intervals: {kind of site: Interval}: features are at most `every` - 1 evaluations old, and reused inside the window.
     weight: "fitted" = along the polynomials in sigma through the last two and three outputs, by gains that are fitted
-        for each picture; "spaced" = along the line through the last two; "ramp" = the paper's w(t), 0 at the first
-        reuse and `w` at the end of sampling; "constant" = `w` throughout; "hold" = the newest output as it is.
+        for each picture; "spaced" = along the line through the last two; "ramp" = the paper's w(t), `w_first` at the
+        first reuse and `w` at the last step; "constant" = `w` throughout; "hold" = the newest output as it is.
     w: with one evaluation in two computed, 0.5 continues the last change at its own speed.
+    last: the last evaluation may reuse, too. blocks: how many of the blocks that have such features, None for all.
     depths: ((name, intervals), ...), the one that saves most first: of these the first that the model has and that
         memory holds is taken in place of `intervals`.
     """
@@ -47,6 +48,9 @@ class ReuseSettings:
     w: float = 0.5
     storage: StorageSettings = StorageSettings()
     depths: tuple[tuple[str, Mapping[str, Interval]], ...] = ()
+    w_first: float = 0.0
+    last: bool = False
+    blocks: int | None = None
 
     def within(self, evaluations: int) -> ReuseSettings:
         """The same, with features of any age below so many evaluations."""
@@ -58,9 +62,9 @@ class ReuseSettings:
         return replace(self, intervals=every(self.intervals), depths=depths)
 
 
-def planned_reuse(storage: StorageSettings = StorageSettings()) -> ReuseSettings:
-    """FRDiff's features, held as they were at the last keyframe, however old that is."""
-    return ReuseSettings({"branch": Interval(10**6)}, "hold", storage=storage)
+def planned_reuse(storage: StorageSettings = StorageSettings(), last: bool = False) -> ReuseSettings:
+    """FRDiff's features, held as they were at the last keyframe, however old that is. last: at the last step, too."""
+    return ReuseSettings({"branch": Interval(10**6)}, "hold", storage=storage, last=last)
 
 
 class ReuseCache:
@@ -83,13 +87,11 @@ class ReuseCache:
     def begin(self, evaluation: Evaluation) -> None:
         """Find the kinds of sites that `evaluation` may skip: computed before, not too long ago, inside their window.
 
-        The evaluation that ends a run is never skipped: its error would reach the result undamped.
+        The evaluation that ends a run is skipped only where that is asked for: its error reaches the result undamped.
         """
         self.evaluation = evaluation
         self._forget_useless()
-        self.due = set() if evaluation.is_last else {kind for kind in self._computed_at if self._may_skip(kind)}
-        if self.due and self.started_at is None:
-            self.started_at = evaluation.progress
+        self.due = {kind for kind in self._useful() & self._computed_at.keys() if self._may_skip(kind)}
 
     def reusable(self, branches: Iterable[Branch]) -> set[str]:
         """Kinds that are due and were recorded recently enough for every branch.
@@ -101,9 +103,7 @@ class ReuseCache:
 
     def to_store(self) -> set[str]:
         """Kinds of sites that may be reused after this evaluation: their outputs are of use."""
-        if self.evaluation.is_last:
-            return set()
-        return {kind for kind, (_, low) in self.windows.items() if low < self.evaluation.sigma}
+        return set() if self.evaluation.is_last else self._useful()
 
     def begin_record(self, branches: Sequence[Branch | None], kinds: Iterable[str]) -> None:
         """Note that this evaluation computes the sites of `kinds` for `branches` (None: not stored)."""
@@ -136,6 +136,8 @@ class ReuseCache:
 
     def recall(self, site: Site, branches: Sequence[Branch], axis: int = 0) -> Feature:
         """Feature of `site` from the cache, batched along `axis` in the order of `branches`: new tensors."""
+        if self.started_at is None:
+            self.started_at = self.evaluation.progress
         recalled = zip(branches, self.memory.recall(branches, site), strict=True)
         parts = [self._forecast(branch, site, outputs, axis) for branch, outputs in recalled]
         if len(parts) == 1:
@@ -155,6 +157,12 @@ class ReuseCache:
         """Forget everything, so that the next evaluation is computed."""
         self._forget(lambda branch, kind: True)
         self._computed_at.clear()
+
+    def _useful(self) -> set[str]:
+        """Kinds of sites that may be reused at this evaluation or after it."""
+        if self.evaluation.is_last and not self.settings.last:
+            return set()
+        return {kind for kind, (_, low) in self.windows.items() if low <= self.evaluation.sigma}
 
     def _may_skip(self, kind: str) -> bool:
         high, low = self.windows[kind]
@@ -178,7 +186,7 @@ class ReuseCache:
 
         Such as the windows of a long video, where these move on.
         """
-        alive = self.to_store()
+        alive = self._useful()
         old = {
             (branch, kind)
             for (branch, kind), newest in self.memory.last_recorded().items()
@@ -234,7 +242,7 @@ def reuse_weight(settings: ReuseSettings, progress: float, started_at: float) ->
         return 0.0
     if settings.weight == "constant":
         return settings.w
-    return settings.w * (progress - started_at) / max(1.0 - started_at, 1e-6)
+    return settings.w_first + (settings.w - settings.w_first) * (progress - started_at) / max(1.0 - started_at, 1e-6)
 
 
 def spaced_weight(sigmas: Sequence[float], sigma: float) -> float:

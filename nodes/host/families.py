@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...fastercache_core.clock import Interval
+from .model_call import uncompiled
 
 # Kinds of sites. self, temporal, cross: attention outputs, after the projection and before the gate; temporal:
 # self-attention over time alone. front, rear, stack: what the first half, the second half or all blocks but the first
@@ -174,6 +175,11 @@ def find_family(diffusion_model: Any) -> Family:
     parts = {"", *(type(module).__name__ for module in diffusion_model.modules())}
     unknown = Family(type(diffusion_model).__name__, (), known=False)
     return next((family for family in FAMILIES if bases & set(family.models) and family.part in parts), unknown)
+
+
+def family_of(model: Any) -> Family:
+    """The entry for a MODEL (ModelPatcher), see `find_family`."""
+    return find_family(uncompiled(model.model.diffusion_model))
 
 
 def available(family: Family, intervals: Mapping[str, Interval]) -> tuple[dict[str, Interval], dict[str, str | None]]:

@@ -153,10 +153,14 @@ class FeatureHooks:
         return tuple(n // len(self._request.branches) if i == self.axis else n for i, n in enumerate(x.shape))
 
     def _swaps(self, network: nn.Module, family: Family, kind: str) -> Iterator[Swaps]:
-        for number, (make, *parts) in enumerate(_places(network, family, kind)):
+        most, seen = self.cache.settings.blocks, set()
+        for number, (make, *parts) in enumerate(_places(network, family, kind, most)):
             record, reuse = make(self, (kind, number), *parts)
-            blocks = [self._names[id(module)] for module, *_ in (*record, *reuse)]
-            self._blocks[kind, number] = {block for block in blocks if block}
+            blocks = {block for module, *_ in (*record, *reuse) if (block := self._names[id(module)])}
+            seen |= blocks
+            if most is not None and kind in ATTENTION and len(seen) > most:
+                return
+            self._blocks[kind, number] = blocks
             yield self._traceable(record), self._traceable(reuse)
 
     def _traceable(self, swaps: list[Swap]) -> list[Swap]:
@@ -246,14 +250,15 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
-def _places(network: nn.Module, family: Family, kind: str) -> Iterator[tuple[Any, ...]]:
-    """(site maker, what it needs) of every site of a kind, in the order they run."""
+def _places(network: nn.Module, family: Family, kind: str, most: int | None = None) -> Iterator[tuple[Any, ...]]:
+    """(site maker, what it needs) of every site of a kind, in the order they run. most: blocks of a span."""
     if kind in ATTENTION:
         yield from _attention(network, family, kind)
     elif kind in SPANS:
         for i, stack in enumerate(family.stacks):
             blocks = _blocks(_descend(network, stack.path))
             chosen = _span(blocks, kind, first=i == 0)
+            chosen = chosen[-most:] if most and kind == "rear" else chosen[:most]
             if chosen:
                 yield span_site, chosen, stack.streams, _idle(network, stack, blocks, chosen)
     elif kind == "deep" and outer_blocks(network):

@@ -31,8 +31,8 @@ def planned(settings: CacheSettings, setup: RunSetup) -> tuple[CacheSettings, li
     """`settings` with a plan that serves a run, without features where it takes none, and the notes."""
     if setup.solver is None or not setup.solver.known:
         return settings, []
-    if isinstance(settings.controller, MixSettings):
-        return _mixing(settings, settings.controller, setup)
+    if isinstance(settings.steps, MixSettings):
+        return _mixing(settings, settings.steps, setup)
     if settings.found and settings.output:
         return _found(settings, setup)
     if isinstance(settings.controller, PolicySettings):
@@ -80,7 +80,7 @@ def nothing_to_gain(settings: MixSettings, setup: RunSetup) -> str | None:
         return messages.frdiff_cfg_pp_order(name)
     if name.endswith(CFG_PP) and cfg is not None and cfg > CFG_PP_MOST:
         return messages.frdiff_cfg_pp_cfg(name, cfg)
-    if settings.mixing == "automatic" and solver.order > 1 and solver.calls == 1 and not solver.noise:
+    if settings.mixing == "measured" and solver.order > 1 and solver.calls == 1 and not solver.noise:
         return messages.frdiff_multistep(name)
     return None
 
@@ -113,7 +113,7 @@ def _uncorrected(step: Step) -> bool:
 def _mixing(settings: CacheSettings, mixing: MixSettings, setup: RunSetup) -> tuple[CacheSettings, list[str]]:
     reason = nothing_to_gain(mixing, setup)
     if reason:
-        return replace(settings, controller=StepsSettings(()), reuse=None), [reason]
+        return replace(settings.with_steps(StepsSettings(())), reuse=None), [reason]
     holds = settings.output is not None and CONSTANT.get(mixing.mixing) == 0.0
     return (replace(settings, reuse=None) if holds else settings), []
 

@@ -20,10 +20,10 @@ if LOGGER.isEnabledFor(logging.INFO):
 
 
 class ReportBox:
-    """Holds the last run's report, plain JSON data, for whoever has the MODEL."""
+    """Holds the last run's report, plain JSON data, for whoever has the MODEL; before: that of the node before."""
 
-    def __init__(self, node_id: str | None = None) -> None:
-        self.node_id = node_id
+    def __init__(self, node_id: str | None = None, before: ReportBox | None = None) -> None:
+        self.node_id, self.before = node_id, before
         self.report: dict[str, Any] | None = None
         self._parts: RunReport | None = None  # of a picture that is sampled a step at a time
         self._told = True
@@ -44,8 +44,12 @@ class ReportBox:
 
     def _keep(self) -> None:
         assert self._parts is not None
-        self.report = self._parts.as_dict()
-        announce(self.node_id, self.report)
+        report = self._parts.as_dict()
+        box: ReportBox | None = self
+        while box is not None:
+            box.report = report
+            announce(box.node_id, report)
+            box = box.before
 
     def _tell(self) -> None:
         """One line in the log, once."""

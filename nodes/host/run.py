@@ -11,13 +11,11 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from comfy.model_sampling import CONST
 
 from ...fastercache_core import messages
 from ...fastercache_core.actions import Action, fuller
 from ...fastercache_core.clock import Clock, Evaluation
 from ...fastercache_core.controllers.adaptive import AdaptiveSettings
-from ...fastercache_core.controllers.planned import flow_timestep
 from ...fastercache_core.engine import Engine, Outcome
 from ...fastercache_core.guidance import shares
 from ...fastercache_core.protocols import Observer, Pass, RunContext
@@ -78,7 +76,7 @@ class CacheRun:
         self.report = RunReport(run=describe(settings, setup))
         settings, reasons = compatible(settings, setup)
         self.settings, notes = planned(settings, setup)
-        for note in (*reasons, *notes):
+        for note in (*settings.notes, *reasons, *notes):
             self.report.note(note)
         self.context = self._context()
         self.walk = self._walk()
@@ -220,14 +218,10 @@ class CacheRun:
 
     def _context(self) -> RunContext:
         setup, settings, sampling = self.setup, self.settings, self.setup.model_sampling
-        timestep = flow_timestep
-        if not isinstance(sampling, CONST):
-            timestep = lambda sigma: float(sampling.timestep(sampling.sigmas.new_tensor(sigma)))
         return RunContext(
             sampling.percent_to_sigma,
             self._solver(),
             setup.sigmas,
-            timestep,
             late=is_compiled(setup.guider.model_patcher),
             predicts=settings.output is not None,
             estimates=settings.difference is not None,
@@ -237,7 +231,7 @@ class CacheRun:
     def _solver(self) -> Solver:
         """What is known of the sampler, with what was learnt on this model."""
         solver = self.setup.solver or Solver()
-        adaptive = isinstance(self.settings.controller, AdaptiveSettings)
+        adaptive = isinstance(self.settings.steps, AdaptiveSettings)
         return replace(solver, law=law_of(self.setup, self.report)) if adaptive else solver
 
     def _walk(self) -> Walk | None:

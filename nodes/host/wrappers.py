@@ -14,7 +14,7 @@ import comfy.model_patcher
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ...fastercache_core.settings import CacheSettings
+from ...fastercache_core.settings import CacheSettings, combined
 from .compatibility import RunSetup
 from .compiler import nothing_repeated
 from .conditioning import step_hooks
@@ -30,13 +30,16 @@ OBSERVER_KEY = "fastercache_observer"
 MASK, CALLBACK = 4, 5  # their places among the arguments of OUTER_SAMPLE
 
 
-def attach(model: Any, settings: CacheSettings, node_id: str | None = None) -> Any:
-    """Return a clone of `model` (ModelPatcher) that samples under `settings`.
+def attach(model: Any, settings: CacheSettings, node_id: str | None = None, keeps: bool = False) -> Any:
+    """Return a clone of `model` (ModelPatcher) that samples under `settings`, with what is on it already.
 
-    A second cache node on the same model replaces the first one's settings.
+    See `combined`; keeps: of what both speak of, what is on the model counts.
     """
+    there = model.model_options["transformer_options"].get(SETTINGS_KEY)
+    if there:
+        settings = combined(settings, there) if keeps else combined(there, settings)
     patched = _wrapped(model, settings)
-    patched.set_attachments(BOX_KEY, ReportBox(node_id))
+    patched.set_attachments(BOX_KEY, ReportBox(node_id, model.get_attachment(BOX_KEY)))
     return patched
 
 

@@ -38,17 +38,17 @@ def test_our_guider_in_sampler_custom_advanced(graphs, full, interval, rows):
 
 
 def test_our_ksampler_shows_its_report_as_text(graphs, full):
-    picture, rows, outputs = graphs.run(graphs.our_ksampler(preset="paper"))
+    picture, rows, outputs = graphs.run(graphs.our_ksampler(method="CFG-Cache as published"))
     [text] = outputs["text"]["text"]
     assert rows < 2 * STEPS and f"{rows} of {2 * STEPS} rows" in text
-    assert all(word in text for word in ("estimated", "reused", "cfg: 4.5", f"steps: {STEPS}", "uncond"))
+    assert all(word in text for word in ("estimated", "cfg: 4.5", f"steps: {STEPS}", "uncond"))
     assert np.isfinite(picture).all() and not np.array_equal(picture, full[0])
 
 
 def test_our_ksampler_with_nothing_to_skip_is_the_hosts_own(graphs, full):
-    picture, rows, outputs = graphs.run(graphs.our_ksampler(preset="none"))
+    picture, rows, outputs = graphs.run(graphs.our_ksampler(method="CFG-Cache as measured", interval=1))
     assert np.array_equal(picture, full[0]) and rows == 2 * STEPS
-    assert "nothing is skipped" in outputs["text"]["text"][0]
+    assert "nothing was skipped" in outputs["text"]["text"][0]
 
 
 def in_two_parts(graphs, model):

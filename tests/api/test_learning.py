@@ -11,11 +11,11 @@ def said(host, seed, **inputs):
     """The report of the KSampler with FasterCache on one picture."""
     links = {name: [name, 0] for name in ("positive", "negative")}
     sampling = dict(seed=seed, steps=12, cfg=1.0, sampler_name="res_multistep", scheduler=BED.scheduler, denoise=1.0)
-    storage = dict(memory_gb=0.0, memory_device="same", memory_dtype="native")
-    cache = dict(preset="fast", closeness=30.0, start_percent=0.0, end_percent=1.0, feature_reuse="off")
-    sampler = dict(model=["load", 0], latent_image=["empty", 0], reuse_depth="automatic")
+    cache = dict(method="automatic", preset="fast", closeness=30.0, start_percent=0.0, end_percent=1.0)
+    unused = dict(interval=2, score_mixing="paper")
+    sampler = dict(model=["load", 0], latent_image=["empty", 0])
     graph = BED.graph(BED.prompts("tuning")[:1]) | {
-        "sample": node("FasterCacheKSampler", **sampler, **links, **sampling, **cache, **storage, **inputs),
+        "sample": node("FasterCacheKSampler", **sampler, **links, **sampling, **cache, **unused, **inputs),
         "show": node("PreviewAny", source=["sample", 1]),
     }
     [text] = host.run(graph)["show"]["text"]

@@ -85,6 +85,38 @@ two samplings and happens once. **FRDiff** then follows it.
 Keep steps, cfg, sampler and scheduler the same in **Auto-FR** and **KSampler**."""
 
 
+CHOOSE = "1. Choose {file} in **Load Checkpoint**, or any other that you have.\n2. Press **Run**."
+FRDIFF_NOTE = f"""\
+## FRDiff as published
+{CHOOSE}
+
+Every second step is computed in full. Early steps between hold the last output, late ones reuse features, those \
+in the middle mix both: 50 DDIM steps, as in the paper. A policy from **FasterCache Auto-FR** is closer."""
+FEATURES_NOTE = f"""\
+## Reused features within 2 GB
+{CHOOSE}
+
+For samplers that add noise at every step, where no step can be skipped. The log and the report say which parts of the \
+network fit into `memory_gb`."""
+KSAMPLER_NOTE = f"""\
+## One node that samples and skips
+{CHOOSE}
+
+Choose another `method`: the node shows its inputs. What nodes before it put on the model stays. **Report** says what \
+was skipped."""
+GUIDER_NOTE = f"""\
+## CFG-Cache for SamplerCustomAdvanced
+{CHOOSE}
+
+**FasterCache Guider** takes the place of **CFGGuider**. It says how much of the work was done."""
+VIDEO_NOTE = f"""\
+## FasterCache as published, on a video model
+{CHOOSE}
+
+The preset `paper` takes the published settings for Mochi: the negative pass runs once in five steps from a third of \
+sampling on, and attention comes from the cache between. `balanced` is closer."""
+
+
 def demo():
     """The emoji model sampled in full and with FasterCache."""
     sampling = {"steps": 30, "cfg": 4.5, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
@@ -118,10 +150,10 @@ def demo():
     }
 
 
-def text_to_image(checkpoint, model, latent, sampling, prefix, between=()):
-    """A person's own checkpoint with FasterCache; `between` holds nodes before the cache."""
+def text_to_image(checkpoint, model, latent, sampling, prefix, between=(), cache=None, text=OWN_NOTE):
+    """A person's own checkpoint with FasterCache; `between` holds nodes before the cache, `cache` another one."""
     return {
-        "note": note([0, 0], [360, 340], OWN_NOTE.format(file=f"`{checkpoint}`")),
+        "note": note([0, 0], [360, 340], text.format(file=f"`{checkpoint}`")),
         "load": node("CheckpointLoaderSimple", [0, 400], size=[360, 98], ckpt_name=checkpoint),
         **dict(between),
         "positive": node("CLIPTextEncode", [420, 400], title="Positive", size=[360, 140], clip=("load", 1), text=PHOTO),
@@ -134,7 +166,7 @@ def text_to_image(checkpoint, model, latent, sampling, prefix, between=()):
             text="blurry, low quality",
         ),
         "latent": node(latent, [420, 770], size=[360, 106], width=1024, height=1024, batch_size=1),
-        "cache": node("FasterCache", [840, 0], size=[300, 350], model=model),
+        "cache": cache or node("FasterCache", [840, 0], size=[300, 350], model=model),
         "sample": sampler([1200, 400], None, ("cache", 0), 20, denoise=1.0, **sampling),
         "decode": node("VAEDecode", [1550, 400], size=[210, 46], samples=("sample", 0), vae=("load", 2)),
         "save": node("SaveImage", [1820, 400], size=[460, 480], images=("decode", 0), filename_prefix=prefix),
@@ -160,6 +192,78 @@ def sd35():
         "FasterCache",
         [("shift", shift)],
     )
+
+
+SDXL = "sd_xl_base_1.0.safetensors"
+SDXL_SAMPLING = {"steps": 30, "cfg": 7.0, "sampler_name": "euler", "scheduler": "normal"}
+
+
+def frdiff():
+    """FRDiff as published, on SDXL."""
+    cache = node("FasterCacheFRDiff", [840, 0], size=[300, 350], model=("load", 0), interval=2, score_mixing="paper")
+    sampling = {**SDXL_SAMPLING, "steps": 50, "sampler_name": "ddim", "scheduler": "ddim_uniform"}
+    return text_to_image(SDXL, None, "EmptyLatentImage", sampling, "FRDiff", cache=cache, text=FRDIFF_NOTE)
+
+
+def features():
+    """Feature reuse within a budget of memory, where steps cannot be skipped."""
+    inputs = {"preset": "none", "feature_reuse": "fitted", "memory_gb": 2.0}
+    cache = node("FasterCache", [840, 0], size=[300, 350], model=("load", 0), **inputs)
+    sampling = {**SDXL_SAMPLING, "sampler_name": "euler_ancestral"}
+    return text_to_image(SDXL, None, "EmptyLatentImage", sampling, "Features", cache=cache, text=FEATURES_NOTE)
+
+
+def ksampler():
+    """The KSampler with a method, on SDXL."""
+    graph = text_to_image(SDXL, None, "EmptyLatentImage", SDXL_SAMPLING, "KSampler", cache=True, text=KSAMPLER_NOTE)
+    del graph["cache"], graph["report"]
+    graph["sample"] = {
+        **sampler([840, 0], None, ("load", 0), 20, denoise=1.0, method="automatic", **SDXL_SAMPLING),
+        "type": "FasterCacheKSampler",
+        "size": [340, 500],
+    }
+    graph["text"] = node("PreviewAny", [1240, 0], title="Report", size=[640, 340], source=("sample", 1))
+    return graph
+
+
+def guider():
+    """CFG-Cache as a guider of SamplerCustomAdvanced, on SDXL."""
+    graph = text_to_image(SDXL, None, "EmptyLatentImage", SDXL_SAMPLING, "Guider", cache=True, text=GUIDER_NOTE)
+    del graph["cache"], graph["report"]
+    given = {"model": ("load", 0), "positive": ("positive", 0), "negative": ("negative", 0)}
+    scheduler = {"model": ("load", 0), "scheduler": "normal", "steps": 30, "denoise": 1.0}
+    return graph | {
+        "guider": node("FasterCacheGuider", [840, 0], size=[320, 340], cfg=7.0, **given),
+        "noise": node("RandomNoise", [840, 400], size=[320, 82], noise_seed=20, control_after_generate="fixed"),
+        "sampler": node("KSamplerSelect", [840, 540], size=[320, 58], sampler_name="euler"),
+        "sigmas": node("BasicScheduler", [840, 650], size=[320, 106], **scheduler),
+        "sample": node(
+            "SamplerCustomAdvanced",
+            [1220, 400],
+            size=[260, 106],
+            latent_image=("latent", 0),
+            **{name: (name, 0) for name in ("noise", "guider", "sampler", "sigmas")},
+        ),
+    }
+
+
+def video():
+    """FasterCache as published on Mochi, a model of the paper: CFG-Cache and dynamic feature reuse."""
+    cache = node("FasterCache", [840, 0], size=[300, 350], model=("load", 0), preset="paper", memory_device="cpu")
+    sampling = {"steps": 64, "cfg": 4.5, "sampler_name": "euler", "scheduler": "simple"}
+    graph = text_to_image(
+        "mochi_preview_fp8_scaled.safetensors",
+        None,
+        "EmptyMochiLatentVideo",
+        sampling,
+        "",
+        cache=cache,
+        text=VIDEO_NOTE,
+    )
+    graph["latent"]["widgets"] = {"width": 848, "height": 480, "length": 37, "batch_size": 1}
+    saving = {"filename_prefix": "FasterCache", "fps": 24.0, "lossless": False, "quality": 90, "method": "default"}
+    graph["save"] = node("SaveAnimatedWEBP", [1820, 400], size=[460, 480], images=("decode", 0), **saving)
+    return graph
 
 
 def auto_fr():
@@ -210,7 +314,17 @@ def auto_fr():
 
 
 # The demo last: it is run, and the page keeps its pictures for nodes of the same number.
-GRAPHS = {"FasterCache SDXL": sdxl, "FasterCache SD3.5": sd35, "FasterCache Auto-FR": auto_fr, "FasterCache demo": demo}
+GRAPHS = {
+    "FasterCache SDXL": sdxl,
+    "FasterCache SD3.5": sd35,
+    "FasterCache KSampler": ksampler,
+    "FasterCache Guider": guider,
+    "FasterCache features": features,
+    "FasterCache FRDiff": frdiff,
+    "FasterCache video": video,
+    "FasterCache Auto-FR": auto_fr,
+    "FasterCache demo": demo,
+}
 
 
 @pytest.fixture(scope="module")

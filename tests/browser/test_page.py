@@ -111,6 +111,27 @@ def test_text_is_shown_as_text(demo):
     assert demo.texts()["FasterCache"] == "<img src=x> & more"
 
 
+SHOWN = """() => app.graph.nodes.find((node) => node.type === "FasterCacheKSampler").widgets
+    .filter((widget) => !widget.hidden).map((widget) => widget.name)"""
+CHOOSE = """(method) => {
+    const node = app.graph.nodes.find((node) => node.type === "FasterCacheKSampler");
+    const widget = node.widgets.find((widget) => widget.name === "method");
+    widget.value = method;
+    widget.callback(method);
+}"""
+
+
+def test_the_ksampler_shows_the_inputs_of_its_method(editor):
+    editor.add("FasterCacheKSampler")
+    assert {"preset", "closeness", "start_percent"} <= set(editor.page.evaluate(SHOWN))
+    assert not {"interval", "published", "score_mixing"} & set(editor.page.evaluate(SHOWN))
+    editor.page.evaluate(CHOOSE, "FRDiff")
+    assert {"interval", "score_mixing"} <= set(editor.page.evaluate(SHOWN))
+    assert not {"preset", "published", "learn"} & set(editor.page.evaluate(SHOWN))
+    editor.load(editor.saved())
+    assert "interval" in editor.page.evaluate(SHOWN) and "preset" not in editor.page.evaluate(SHOWN)
+
+
 def test_the_page_is_given_help_translations_and_templates(editor):
     def fetch(path):
         return editor.page.request.get(f"{editor.url}/{path}")

@@ -51,7 +51,7 @@ def probed(error: float, deep: bool = True) -> Probe:
 def controller(
     target: float = 42.0, solver: Solver = EULER, late: bool = False, predicts: bool = True, **settings: Any
 ) -> Controller:
-    context = RunContext(lambda percent: 1 - percent, solver, (), lambda sigma: 0.0, late, predicts)
+    context = RunContext(lambda percent: 1 - percent, solver, (), late, predicts)
     return AdaptiveSettings(target, **settings).controller(context)
 
 

@@ -7,7 +7,7 @@ from fastercache_core.actions import Action
 from fastercache_core.calibration import search
 from fastercache_core.calibration.gradient import GapErrors, find_points, gates
 from fastercache_core.calibration.losses import Losses, overall_rms
-from support.recorded import COUNT, SIGMAS, fields, recorded
+from support.recorded import COUNT, SHAPE, SIGMAS, fields, recorded
 
 
 def line_then_noise():
@@ -17,6 +17,43 @@ def line_then_noise():
 
 def errors_of(reference):
     return GapErrors(Losses(reference), overall_rms(reference.final))
+
+
+def with_features(error):
+    """A run whose outputs cannot be predicted, with features up to three evaluations old that are wrong by `error`."""
+    noise = fields(COUNT, 1)
+    reference = recorded(lambda s: noise[SIGMAS.index(s)], lambda s: noise[SIGMAS.index(s)] * 0.1)
+    for key in range(COUNT):
+        for m in range(key + 1, min(key + 3, COUNT - 2) + 1):
+            cond, change = (values[m].reshape(SHAPE) for values in (reference.cond, reference.difference))
+            reference.add_reused(key, m, cond + error * (m - key) * fields(1, m)[0], change)
+    reference.reuse_cost = 0.4
+    return reference
+
+
+def test_where_features_are_good_and_forecasts_bad_closed_gates_reuse_features():
+    reference = with_features(0.01)
+    points = find_points(reference, Losses(reference))
+    chosen = max((p for p in points if p.cost < 0.75), key=lambda p: p.cost)
+    assert set(chosen.actions()) == {"C", "R"} and chosen.error < 0.05
+    best = min(p.error for p in search.find_points(reference, Losses(reference)) if p.cost <= chosen.cost + 1e-9)
+    assert chosen.error <= 1.2 * best + 0.01, "near to the best there is"
+
+
+def test_where_features_are_bad_no_gate_reuses_them():
+    reference = with_features(3.0)
+    assert not any("R" in p.actions() for p in find_points(reference, Losses(reference)) if p.error < 0.3)
+
+
+def test_the_gradient_of_gates_over_features_is_the_difference_that_opening_makes():
+    reference = with_features(0.1)
+    errors = GapErrors(Losses(reference), overall_rms(reference.final), Action.REUSE)
+    alpha = torch.tensor([[1.0, *[1.0, 0.0] * 7, 1.0]], dtype=torch.float64, requires_grad=True)
+    errors(alpha).sum().backward()
+    both = alpha.detach().repeat(2, 1)
+    both[:, 4] = torch.tensor([0.0, 1.0])
+    closed, full = errors(both).tolist()
+    assert float(alpha.grad[0, 4]) == pytest.approx(full - closed, abs=1e-9)
 
 
 def test_gates_are_zero_or_one_open_at_both_ends_and_pass_the_gradient_of_the_sigmoid():

@@ -20,7 +20,7 @@ FIELD = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def controller(settings: IntervalSettings, estimates: bool = False, reuses: bool = False) -> Controller:
-    context = RunContext(lambda percent: 1.0 - percent, Solver(), (), lambda sigma: 0.0)
+    context = RunContext(lambda percent: 1.0 - percent, Solver(), ())
     context = RunContext(**{**vars(context), "estimates": estimates, "reuses": reuses})
     return settings.controller(context)
 

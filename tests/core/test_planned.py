@@ -1,6 +1,6 @@
 """Plans: score mixing follows the released FRDiff code, on its own grid and on others; steps of a policy."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,8 +13,6 @@ from fastercache_core.controllers.planned import (
     MixSettings,
     PolicySettings,
     StepsSettings,
-    done,
-    flow_timestep,
     mix_share,
 )
 from fastercache_core.protocols import RunContext, Signals
@@ -26,10 +24,8 @@ STEPS = 50
 DDIM = [1000.0 * (1 - i / STEPS) for i in range(STEPS)]  # evenly spaced timesteps, used as sigmas
 
 
-def context(
-    solver: Solver = Solver(), sigmas: Sequence[float] = (), timestep: Callable[[float], float] = lambda sigma: sigma
-) -> RunContext:
-    return RunContext(lambda percent: 1000.0 * (1 - percent), solver, tuple(sigmas), timestep)
+def context(solver: Solver = Solver(), sigmas: Sequence[float] = (*DDIM, 0.0)) -> RunContext:
+    return RunContext(lambda percent: 1000.0 * (1 - percent), solver, tuple(sigmas))
 
 
 def walk(
@@ -68,7 +64,7 @@ def test_lambda_is_zero_early_one_late_and_a_half_at_the_bias() -> None:
     assert mix_share(0.55, tau=1000) == 1.0, "a steep slope is a switch"
 
 
-@pytest.mark.parametrize("mixing, letter", [("scores", "P"), ("automatic", "P"), ("features", "R")])
+@pytest.mark.parametrize("mixing, letter", [("scores", "P"), ("measured", "P"), ("features", "R")])
 def test_other_mixings_do_one_thing_throughout(mixing: str, letter: str) -> None:
     assert letters(MixSettings(mixing=mixing)) == f"C{letter}" * 25
 
@@ -78,24 +74,17 @@ def test_where_scores_may_not_be_held_features_are_reused() -> None:
     assert letters(MixSettings(), run) == letters(MixSettings(mixing="scores"), run) == "CR" * 25
 
 
-def test_on_ddims_grid_the_part_done_is_the_step_number_over_the_steps() -> None:
-    assert [done(t, lambda sigma: sigma) for t in DDIM] == pytest.approx([i / STEPS for i in range(STEPS)])
+@pytest.mark.parametrize("sigmas", [[t - 1000.0 / STEPS for t in DDIM], grids.simple(STEPS, 8.0)[:-1]])
+def test_lambda_follows_the_number_of_the_step_whatever_the_sigmas(sigmas: Sequence[float]) -> None:
+    assert walk(sigmas=sigmas, run=context(sigmas=[*sigmas, 0.0])) == pytest.approx(walk())
 
 
-def test_a_grid_that_begins_a_step_late_is_shifted_to_the_first_evaluation() -> None:
-    late = [t - 1000.0 / STEPS for t in DDIM]
-    assert walk(sigmas=late, run=context(sigmas=late)) == pytest.approx(walk())
-
-
-@pytest.mark.parametrize("flow_sigma, share", [(0.670, 0.0), (0.618, 0.5), (0.565, 1.0)])
-def test_flow_models_mix_where_stable_diffusion_has_the_same_signal_to_noise_ratio(
-    flow_sigma: float, share: float
-) -> None:
-    assert mix_share(done(flow_sigma, flow_timestep)) == pytest.approx(share, abs=0.02)
-
-
-def test_flow_models_at_their_ends() -> None:
-    assert done(1.0, flow_timestep) == 0.0 and done(1e-4, flow_timestep) > 0.99
+@pytest.mark.parametrize("as_released, action", [(False, Action.COMPUTE), (True, Action.REUSE)])
+def test_the_last_step_is_computed_or_like_any_other_as_in_the_released_code(as_released: bool, action: Action) -> None:
+    controller = MixSettings(as_released=as_released).controller(context())
+    clock = Clock([*DDIM, 0.0])
+    chosen = [controller.choose(clock.tick(sigma), Signals(known(3, "hold"), [])).action for sigma in DDIM]
+    assert chosen[-1] is action and chosen[-3] is Action.REUSE
 
 
 def test_every_mth_evaluation_is_a_keyframe_whatever_the_sigmas() -> None:

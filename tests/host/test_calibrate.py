@@ -313,14 +313,14 @@ def test_the_curve_falls_from_the_cheapest_point_to_the_dearest_and_marks_the_ch
     assert places(curve(replace(found, points=found.points[:1])), LINE)[0].numel() == 0, "one point is no line"
 
 
-@pytest.mark.parametrize("method, tested", [("exact search", True), ("minimax search", True), ("gradient", False)])
-def test_reused_features_are_tested_for_the_methods_that_can_choose_them(tiny_models, monkeypatch, method, tested):
-    """The gradient search knows no features: their passes would be in vain."""
+@pytest.mark.parametrize("method", METHODS)
+def test_reused_features_are_tested_for_every_method(tiny_models, monkeypatch, method):
+    """No method drops the input in silence."""
     kinds, close = [], Recorder.closed
     for kind in (Recorder, FeatureRecorder):
         monkeypatch.setattr(kind, "closed", lambda self: kinds.append(type(self)) or close(self))
     FasterCacheAutoFR.execute(tiny_models("sd3"), **node_inputs(method, features=True, steps=4, pictures=1))
-    assert kinds[0] is (FeatureRecorder if tested else Recorder)
+    assert kinds[0] is FeatureRecorder
 
 
 def test_the_node_refuses_a_method_that_does_not_exist():

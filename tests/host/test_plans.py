@@ -92,8 +92,8 @@ def test_samplers_that_cannot_hold_scores_reuse_features_instead(tiny_models, sa
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "uni_pc", "res_multistep"])
-def test_automatic_leaves_samplers_alone_with_which_fewer_steps_are_better(tiny_models, sampler):
-    model = attach(tiny_models("sd15"), frdiff("branch", mixing="automatic"))
+def test_measured_leaves_samplers_alone_with_which_fewer_steps_are_better(tiny_models, sampler):
+    model = attach(tiny_models("sd15"), frdiff("branch", mixing="measured"))
     full = sample(tiny_models("sd15"), "sd15", steps=6, sampler=sampler)
     assert torch.equal(sample(model, "sd15", steps=6, sampler=sampler), full)
     assert messages.frdiff_multistep(last_report(model)["run"]["sampler"]) in notes(model)

@@ -16,10 +16,12 @@ from fastercache_pack.fastercache_core.features.reuse import ReuseSettings
 from fastercache_pack.fastercache_core.settings import CacheSettings
 from fastercache_pack.nodes.fastercache import PRESETS
 from fastercache_pack.nodes.host.wrappers import attach
+from fastercache_pack.nodes.ksampler import FasterCacheKSampler
 
 from support.guidance import cfg_cache
 from support.runs import evaluations, totals
 from support.trained import Painter, decibels
+from testbed.beds import BEDS
 
 BALANCED = PRESETS["balanced"](Window())
 
@@ -55,6 +57,15 @@ def test_the_default_is_far_above_fewer_steps(painter, sampler, most, least):
 def test_elsewhere_it_skips_less_and_gains_as_well(painter, steps, cfg, most, least):
     gain, cost = painter.gain(BALANCED, steps=steps, cfg=cfg)
     assert cost < most and gain > least
+
+
+@pytest.mark.parametrize("bed", ["mmdit", "unet", "wan"])
+def test_the_ksampler_saves_work_as_it_comes(bed):
+    """At its own default steps and cfg."""
+    own = {entry.id: entry.default for entry in FasterCacheKSampler.define_schema().inputs if hasattr(entry, "default")}
+    assert own["preset"] == "balanced" and own["method"] == "automatic"
+    gain, cost = Painter(bed, BEDS[bed].prompts("tuning")[:2]).gain(BALANCED, steps=own["steps"], cfg=own["cfg"])
+    assert cost < 0.8 and gain > 3.0
 
 
 def test_with_too_few_steps_it_stays_out(painter):

@@ -1,20 +1,26 @@
 """What saved workflows and other programs rely on: ids, and texts for every input and output."""
 
 STORAGE = "memory_gb memory_device memory_dtype"
-PRESET = f"preset closeness start_percent end_percent feature_reuse reuse_depth {STORAGE} learn found_policy"
+REUSE = "reuse_interval reuse_weight reuse_start_percent reuse_end_percent reuse_blocks"
+PRESET = (
+    f"preset closeness start_percent end_percent feature_reuse reuse_depth {STORAGE} learn found_policy {REUSE} "
+    "published"
+)
+METHOD = "method preset closeness interval published score_mixing start_percent end_percent learn found_policy policy"
 GUIDANCE = (
-    "interval tolerance forecast weights start_percent end_percent radius bands alpha_low alpha_high switch_percent"
+    "interval tolerance forecast weights start_percent end_percent radius bands alpha_low alpha_high switch_percent "
+    "released"
 )
 IDS = {
     "FasterCache": (f"model {PRESET}", "cached_model"),
     "FasterCacheCFG": (f"model {GUIDANCE}", "cached_model"),
     "FasterCacheGuider": (f"model positive negative cfg {GUIDANCE}", "guider"),
     "FasterCacheKSampler": (
-        f"model seed steps cfg sampler_name scheduler positive negative latent_image denoise {PRESET}",
+        f"model seed steps cfg sampler_name scheduler positive negative latent_image denoise {METHOD}",
         "latent report",
     ),
     "FasterCacheFRDiff": (
-        f"model policy interval score_mixing bias slope other_model start_percent end_percent {STORAGE}",
+        f"model policy interval score_mixing bias slope other_model start_percent end_percent {STORAGE} skip_last",
         "cached_model",
     ),
     "FasterCacheAutoFR": (

@@ -8,7 +8,7 @@ from fastercache_pack.fastercache_core.controllers.interval import IntervalSetti
 from fastercache_pack.fastercache_core.settings import CacheSettings
 from fastercache_pack.fastercache_core.signal import DifferenceSettings, OutputSettings
 from fastercache_pack.nodes.fastercache import PRESETS, FasterCache
-from fastercache_pack.nodes.features import DEPTHS, SAVING, feature_settings, storage_settings
+from fastercache_pack.nodes.features import DEPTHS, SAVING, feature_settings, intervals, storage_settings
 
 SPAN = Window(0.1, 0.9)
 STORAGE = {"memory_gb": 0.0, "memory_device": "same", "memory_dtype": "native"}
@@ -45,7 +45,7 @@ def test_features_are_those_of_the_preset_or_none():
 def test_automatic_depth_tries_all_that_save(weight, w):
     found = reuse(weight)
     assert (found.weight, found.w) == (weight, w)
-    assert found.depths == tuple((name, DEPTHS[name](SPAN)) for name in SAVING)
+    assert found.depths == tuple((name, intervals(name, SPAN)) for name in SAVING)
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fastercache_core.actions import Action
 from fastercache_core.clock import Clock
-from fastercache_core.controllers.planned import flow_timestep
 from fastercache_core.engine import Engine, Outcome
 from fastercache_core.features.reuse import planned_reuse
 from fastercache_core.protocols import FeatureUse, Observer, Pass, Result, RunContext
@@ -184,11 +183,11 @@ class Run:
         self.sampling, self.clock = sampling, Clock(sampling.sigmas)
         self.network = Network(sampling.model, settings.reuse is not None, sampling.deep)
         self.outcomes: list[Outcome] = []
+        self.latents: list[Tensor] = []  # at every evaluation
         context = RunContext(
             lambda percent: 1 - percent,
             sampling.solver or SOLVERS[sampling.sampler],
             tuple(sampling.sigmas),
-            flow_timestep,
             late=sampling.late,
             predicts=settings.output is not None,
             estimates=settings.difference is not None,
@@ -198,6 +197,7 @@ class Run:
 
     def denoise(self, x: Tensor, sigma: float) -> Tensor:
         """The guided denoised latent, by the engine."""
+        self.latents.append(x)
         outcome = self.engine.evaluate(self._pass(x, sigma), self.network)
         self.outcomes.append(outcome)
         guided = self._guided(outcome.outputs, sigma)
