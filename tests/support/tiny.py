@@ -205,6 +205,7 @@ VERSIONED = {
 def build(name, seed=0):
     """A ModelPatcher of the family on the CPU in float32, with seeded random weights."""
     config = getattr(comfy.supported_models, SPECS[name]["cls"])(_config(name))
+    config.unet_config.update(_config(name))  # in place of what the class knows of the large ones
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, "")
     random_weights(model.diffusion_model, seed)
