@@ -14,7 +14,7 @@ from .corrector import Corrector
 from .features.probe import Probe
 from .protocols import FeatureUse, Network, Observer, Pass, Result, RunContext, Signals
 from .settings import CacheSettings
-from .signal import Signal, rms
+from .signal import Signal, rms, worst
 
 
 @dataclass(frozen=True)
@@ -157,11 +157,11 @@ class Engine:
     def _error(self, outputs: Sequence[Tensor], true: Sequence[Tensor], pass_: Pass) -> Tensor:
         """Relative error of the latent's slope by denoised `outputs` in place of `true` ones, [batch]."""
         space, reference = pass_.space, pass_.reference
-        error = rms(space.difference(outputs[reference], true[reference]))
+        error = rms(space.difference(outputs[reference], true[reference]), space.parts)
         for i in pass_.others:
             change = (outputs[i] - outputs[reference]) - (true[i] - true[reference])
-            error = error + rms(change / space.scale) * self._guidance
-        return error * space.unit(pass_.x)
+            error = error + rms(change / space.scale, space.parts) * self._guidance
+        return worst(error * space.unit(pass_.x))
 
     # Observe
 
@@ -179,11 +179,11 @@ class Engine:
         sigma, space, cond = pass_.evaluation.sigma, pass_.space, outcome.outputs[pass_.reference]
         unit = self.controller.unit(pass_, cond)
         if self.output:
-            self.output.observe(sigma, space.output(cond), unit)
+            self.output.observe(sigma, space.output(cond), unit, space.parts)
         if self.settings.difference:
             guided = None if unit is None else unit * self._guidance
             for i in pass_.others:
-                self._difference(i).observe(sigma, space.difference(outcome.outputs[i], cond), guided)
+                self._difference(i).observe(sigma, space.difference(outcome.outputs[i], cond), guided, space.parts)
 
     def _compare(self, outcome: Outcome, pass_: Pass) -> None:
         """Tell the probe, before its first time, how far the outputs changed: it may not be worth while."""
@@ -193,9 +193,9 @@ class Engine:
         space, cond = pass_.space, outcome.outputs[pass_.reference]
         now = [space.output(cond), *(space.difference(outcome.outputs[i], cond) for i in pass_.others)]
         if len(self.before) == len(now):
-            own, *others = [rms(a - b) for a, b in zip(now, self.before, strict=True)]
+            own, *others = [rms(a - b, space.parts) for a, b in zip(now, self.before, strict=True)]
             change = sum((self._guidance * other for other in others), own)
-            self.probe.changed(pass_.evaluation, change * space.unit(pass_.x))
+            self.probe.changed(pass_.evaluation, worst(change * space.unit(pass_.x)))
         self.before = now
 
     def _difference(self, index: int) -> Signal:
