@@ -15,7 +15,7 @@ from .features.probe import Probe
 from .guidance import Guidance
 from .protocols import FeatureUse, Network, Observer, Pass, Result, RunContext, Signals
 from .settings import CacheSettings
-from .signal import Signal, rms
+from .signal import Signal, rms, worst
 
 
 @dataclass(frozen=True)
@@ -193,11 +193,11 @@ class Engine:
     def _error(self, outputs: Sequence[Tensor], true: Sequence[Tensor], pass_: Pass) -> Tensor:
         """Relative error of the latent's slope by denoised `outputs` in place of `true` ones, [batch]."""
         space, reference, weights = pass_.space, pass_.reference, self.guidance.weights
-        error = rms(space.difference(outputs[reference], true[reference])) * weights.output
+        error = rms(space.difference(outputs[reference], true[reference]), space.parts) * weights.output
         for i in pass_.others:
             change = (outputs[i] - outputs[reference]) - (true[i] - true[reference])
-            error = error + rms(change / space.scale) * weights.of(i)
-        return error * space.unit(pass_.x)
+            error = error + rms(change / space.scale, space.parts) * weights.of(i)
+        return worst(error * space.unit(pass_.x))
 
     # Observe
 
@@ -215,11 +215,11 @@ class Engine:
         sigma, space, cond = pass_.evaluation.sigma, pass_.space, outcome.outputs[pass_.reference]
         unit = self.controller.unit(pass_, cond)
         if self.output:
-            self.output.observe(sigma, space.output(cond), unit)
+            self.output.observe(sigma, space.output(cond), unit, space.parts)
         if self.settings.difference:
             for i in pass_.others:
                 for signal in self._differences(i):
-                    signal.observe(sigma, space.difference(outcome.outputs[i], cond), unit)
+                    signal.observe(sigma, space.difference(outcome.outputs[i], cond), unit, space.parts)
 
     def _compare(self, outcome: Outcome, pass_: Pass) -> None:
         """Tell the probe, before its first time, how far the outputs changed: it may not be worth while."""
@@ -229,9 +229,9 @@ class Engine:
         space, cond = pass_.space, outcome.outputs[pass_.reference]
         now = [space.output(cond), *(space.difference(outcome.outputs[i], cond) for i in pass_.others)]
         if len(self.before) == len(now):
-            changes = [rms(a - b) for a, b in zip(now, self.before, strict=True)]
+            changes = [rms(a - b, space.parts) for a, b in zip(now, self.before, strict=True)]
             change = sum(w * change for w, change in zip(self._weights(pass_.others), changes, strict=True))
-            self.probe.changed(pass_.evaluation, change * space.unit(pass_.x))
+            self.probe.changed(pass_.evaluation, worst(change * space.unit(pass_.x)))
         self.before = now
 
     def _differences(self, index: int) -> list[Signal]:

@@ -234,9 +234,26 @@ def instead(family: str, kind: str, other: str | None) -> str:
     return f"{family} has no {kind} features that can be taken alone: {found}"
 
 
-unknown_family = (
-    "feature reuse does not know {}: only its attention is reused, where the host lets it be skipped".format
-)
+def found_blocks(family: str, lists: Iterable[str]) -> str:
+    """lists: the lists of blocks that are reused."""
+    return (
+        f"feature reuse does not know {family}: its blocks ({', '.join(lists)}) were found as it ran, and checked "
+        "once, with what they gave taken from the cache: the output was the same"
+    )
+
+
+def unknown_family(family: str, lists: Iterable[str], other_output: bool, cached: bool) -> str:
+    """lists: of blocks that were found, and not reused; other_output: as the output was another one with them;
+    cached: attention is reused."""
+    blocks = (
+        "its blocks cannot be reused, as with them from the cache the output was another one"
+        if other_output
+        else f"its blocks ({', '.join(lists)}) are not what was asked for, or have no room"
+        if lists
+        else "no list of its blocks runs in order, each on what the one before it gave"
+    )
+    attention = "only its attention is reused" if cached else "its attention cannot be skipped either"
+    return f"feature reuse does not know {family}: {blocks}; {attention}"
 
 
 # Calibration

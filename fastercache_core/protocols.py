@@ -19,10 +19,12 @@ from .solvers import Solver
 class Space(Protocol):
     """Between denoised latents and the network's own output space at one evaluation.
 
-    scale: [batch, 1, ...], of the affine map denoised = skip(x) + scale * output.
+    scale: [batch, 1, ...], of the affine map denoised = skip(x) + scale * output; parts: elements of each of several
+    latents that are packed into one, whose errors count by themselves.
     """
 
     scale: Tensor
+    parts: tuple[int, ...]
 
     def output(self, denoised: Tensor) -> Tensor:
         """The network output behind `denoised`, same shape."""
@@ -31,7 +33,8 @@ class Space(Protocol):
         """The denoised latent of a network output, same shape."""
 
     def unit(self, latent: Tensor) -> Tensor:
-        """Factor [batch] from an error of the output to that of the slope (x - denoised) / sigma, over `latent`."""
+        """Factor [batch] from an error of the output to that of the slope (x - denoised) / sigma, over `latent`; with
+        several parts [batch, parts]."""
 
     def add(self, denoised: Tensor, output: Tensor) -> Tensor:
         """A denoised latent moved by a difference in output space."""

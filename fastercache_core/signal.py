@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .clock import Window
@@ -88,13 +89,14 @@ class Signal:
         """True when the forecaster has as many values as it uses."""
         return self.known == self.forecaster.depth
 
-    def observe(self, sigma: float, value: Tensor, unit: Tensor | None = None) -> None:
+    def observe(self, sigma: float, value: Tensor, unit: Tensor | None = None, parts: Sequence[int] = ()) -> None:
         """Take the value [batch, ...] computed at `sigma`.
 
-        unit: [batch], turns an error into a relative one; None when nobody asks for errors.
+        unit: [batch] or [batch, parts], turns an error into a relative one; None when nobody asks for errors. parts: as
+        of `rms`, of which each counts by itself.
         """
         if unit is not None and self.known:
-            self.error = rms(self.forecaster.predict(sigma) - value) * unit
+            self.error = worst(rms(self.forecaster.predict(sigma) - value, parts) * unit)
             self.error_nodes, self.error_sigma = tuple(self.forecaster.nodes), sigma
             self._largest = None
         self.forecaster.observe(sigma, value)
@@ -131,7 +133,18 @@ class Signal:
         return self.forecaster.tensors()
 
 
-def rms(x: Tensor) -> Tensor:
-    """Root mean square of each picture of a batch, [batch], in float32 at least."""
+def rms(x: Tensor, parts: Sequence[int] = ()) -> Tensor:
+    """Root mean square of each picture of a batch, [batch], in float32 at least.
+
+    parts: how many elements of the last axis belong to each of several latents that are packed into one, such as video
+    and its sound; then [batch, parts].
+    """
+    if parts:
+        return torch.stack([rms(part) for part in x.split([*parts], -1)], 1)
     x = x.float() if x.element_size() < 4 else x
     return x.flatten(1).pow(2).mean(1).sqrt()
+
+
+def worst(error: Tensor) -> Tensor:
+    """The error [batch] of each picture, where it has several parts [batch, parts] that of the worst."""
+    return error if error.ndim == 1 else error.amax(1)

@@ -20,12 +20,16 @@ from .model_call import uncompiled
 
 @dataclass(frozen=True)
 class RunSetup:
-    """What a run is, in the host's terms: guider, SAMPLER, sigmas, and shape of the latent [batch, channels, ...]."""
+    """What a run is, in the host's terms: guider, SAMPLER, sigmas, and shape of the latent [batch, channels, ...].
+
+    parts: how many elements each of several latents has that are packed into one; none where it is one.
+    """
 
     guider: Any
     sampler: Any
     sigmas: tuple[float, ...]
     shape: tuple[int, ...]
+    parts: tuple[int, ...] = ()
 
     @property
     def sampler_name(self) -> str:

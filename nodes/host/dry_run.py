@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .model_call import ModelCall, uncompiled
 
-# What other nodes hand to the network: none of it must see tensors without values.
-OTHERS = ("wrappers", "callbacks", "patches", "patches_replace", "optimized_attention_override")
+# What nodes hand to the network, and may keep what it sees: none of it must see tensors without values.
+OTHERS = ("wrappers", "callbacks", "patches", "patches_replace", "optimized_attention_override", "animate2_cache")
 # Also of others: what is called when a module is.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 CACHED_FUNCTION = type(functools.lru_cache(lambda: None))

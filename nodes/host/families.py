@@ -45,13 +45,17 @@ class Stack:
     streams: what a block takes and gives back, in the order that it gives it: names of arguments, places among them, or
     (one of these, a place in the tuple that is given there). whole: True where the blocks hand values past each other,
     so that only the stack as a whole can be reused. beside: a path of blocks that run beside these, each after one of
-    them and adding to what it gives, and the path of {number of the block: number of the one beside it}.
+    them and adding to what it gives, and the path of {number of the block: number of the one beside it}. method: what
+    the host calls of a block. aside: place of the argument that says how many of the tokens (second axis) come before
+    those of the latent; calls on them alone, which fill a cache of the host, always run.
     """
 
     path: str
     streams: tuple[Any, ...] = (0,)
     whole: bool = False
     beside: tuple[str, str] | None = None
+    method: str = "forward"
+    aside: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,16 +63,17 @@ class Family:
     """A family of diffusion models: full class names, and where things are inside. An entry before another counts.
 
     part: class name of a module that they have, where the model's own class does not tell. batch_axis: axis of the
-    batch in features. opaque: class names of modules that choose by values what they run, with an output shaped as
-    their input. unet: True where `input_blocks`, `middle_block` and `output_blocks` are those of the host's UNet.
-    known: False for a model of no family, where attention is taken as the host calls it.
+    batch in features, None where they have no such: the host runs the branches one by one. opaque: class names of
+    modules that choose by values what they run, with an output shaped as their input. unet: True where `input_blocks`,
+    `middle_block` and `output_blocks` are those of the host's UNet. known: False for a model of no family, where
+    attention is taken as the host calls it, and `stacks` are those that a pass of it showed.
     """
 
     name: str
     models: tuple[str, ...]
     attention: tuple[Attention, ...] = ()
     stacks: tuple[Stack, ...] = ()
-    batch_axis: int = 0
+    batch_axis: int | None = 0
     opaque: tuple[str, ...] = ()
     unet: bool = False
     known: bool = True
@@ -76,9 +81,7 @@ class Family:
 
     def kinds(self) -> set[str]:
         """The kinds of sites that this family has."""
-        if not self.known:
-            return {"self", "cross"}
-        kinds = {entry.kind for entry in self.attention}
+        kinds = {entry.kind for entry in self.attention} if self.known else {"self", "cross"}
         if self.stacks:
             kinds |= {"stack"} if any(stack.whole for stack in self.stacks) else set(SPANS)
         return kinds | ({"deep", "branch"} if self.unet else set())
@@ -104,6 +107,8 @@ FAMILIES = (
            stacks=(Stack("double_blocks", ("img", "txt")), Stack("single_blocks"))),
     Family("HunyuanVideo", ("comfy.ldm.hunyuan_video.model.HunyuanVideo",),
            stacks=(Stack("double_blocks", ("img", "txt")), Stack("single_blocks"))),
+    Family("Wan Animate 2", ("comfy.ldm.wan.model_animate2.WanAnimate2Model",),  # derived from Wan's own: before it
+           stacks=(Stack("blocks", method="forward_gen"),)),
     Family("Wan", ("comfy.ldm.wan.model.WanModel",),
            (Attention("WanAttentionBlock", "self_attn"), Attention("WanAttentionBlock", "cross_attn", "cross")),
            (Stack("blocks", beside=("vace_blocks", "vace_layers_mapping")),)),
@@ -120,6 +125,8 @@ FAMILIES = (
     Family("Qwen-Image", ("comfy.ldm.qwen_image.model.QwenImageTransformer2DModel",),
            (Attention("QwenImageTransformerBlock", "attn"),),
            (Stack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),)),
+    Family("Qwen-Image 2.1", ("comfy.ldm.qwen_image21.model.QwenImage21Transformer2DModel",),
+           stacks=(Stack("transformer_blocks", aside=4),)),
     Family("Lumina2, Z-Image", ("comfy.ldm.lumina.model.NextDiT",),
            (Attention("JointTransformerBlock", "attention"),), (Stack("layers"),)),
     Family("OmniGen2", ("comfy.ldm.omnigen.omnigen2.OmniGen2Transformer2DModel",),
@@ -152,6 +159,11 @@ FAMILIES = (
     Family("ACE-Step", ("comfy.ldm.ace.model.ACEStepTransformer2DModel",),
            (Attention("LinearTransformerBlock", "attn"), Attention("LinearTransformerBlock", "cross_attn", "cross")),
            (Stack("transformer_blocks", ("hidden_states",)),)),
+    Family("ACE-Step 1.5", ("comfy.ldm.ace.ace_step15.AceStepConditionGenerationModel",),
+           (Attention("AceStepDiTLayer", "self_attn"), Attention("AceStepDiTLayer", "cross_attn", "cross")),
+           (Stack("decoder.layers", ("hidden_states",)),)),
+    Family("MiniMax H3", ("comfy.ldm.minimax.model.MiniMaxH3Model",), (Attention("DiTBlock", "attn"),),
+           (Stack("blocks"),), batch_axis=None),
     Family("Stable Audio", ("comfy.ldm.audio.dit.AudioDiffusionTransformer",),
            (Attention("TransformerBlock", "self_attn"), Attention("TransformerBlock", "cross_attn", "cross")),
            (Stack("transformer.layers"),)),

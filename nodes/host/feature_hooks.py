@@ -69,7 +69,8 @@ class FeatureHooks:
         kinds: Iterable[str],
         compiled: bool = False,
     ) -> None:
-        self.cache, self.axis, self.compiled = cache, family.batch_axis, compiled
+        self.axis, self.compiled = family.batch_axis, compiled
+        self.cache: ReuseCache | Promises | LastGiven = cache
         self._joint = any(entry.joint is not None for entry in family.attention)
         self.bases: dict[Site, list[Tensor]] = {}  # inputs of the spans that run
         self._request = FeatureRequest((), (), False)
@@ -101,6 +102,15 @@ class FeatureHooks:
         finally:
             self.bases.clear()
 
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """While open, sites give back at once what they gave last; it is stored in the cache as well."""
+        cache, self.cache = self.cache, LastGiven(self.cache)
+        try:
+            yield
+        finally:
+            self.cache = cache
+
     def holds(self, *sites: Site) -> bool:
         """True when every one of `sites` can be recalled for the batch that is running."""
         return all(self.cache.holds(site, self._request.branches) for site in sites)
@@ -117,13 +127,18 @@ class FeatureHooks:
     def store(self, site: Site, output: Any) -> None:
         """Store what the host computed at `site`: a tensor, or a tuple of tensors and None."""
         self._single[site] = torch.is_tensor(output)
+        feature = (output,) if self._single[site] else tuple(output)
+        if self.axis is None:
+            feature = tuple(t if t is None else t[None] for t in feature)
         with unrecorded():
-            self.cache.store(site, self._request.kept, (output,) if self._single[site] else tuple(output), self.axis)
+            self.cache.store(site, self._request.kept, feature, self.axis or 0)
 
     def recall(self, site: Site) -> Any:
         """What the host would have computed at `site`, from the cache, in the form it was stored."""
         with unrecorded():
-            feature = self.cache.recall(site, self._request.branches, self.axis)
+            feature = self.cache.recall(site, self._request.branches, self.axis or 0)
+        if self.axis is None:
+            feature = tuple(t if t is None else t[0] for t in feature)
         return feature[0] if self._single[site] else feature
 
     def begin_span(self, site: Site, streams: Iterable[Tensor]) -> None:
@@ -168,6 +183,29 @@ class FeatureHooks:
         if not self.compiled:
             return swaps
         return [(module, name, torch.compiler.disable(f, recursive=False)) for module, name, f in swaps]
+
+
+class LastGiven:
+    """Takes the place of a ReuseCache while a pass is repeated: gives back what every site gave in the pass before."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache, self.given = cache, dict[Site, Feature]()
+
+    def store(self, site: Site, branches: Sequence[Branch | None], feature: Feature, axis: int = 0) -> None:
+        """Remember a copy of `feature`, and store it."""
+        self.given[site] = tuple(None if t is None else t.clone() for t in feature)
+        self.cache.store(site, branches, feature, axis)
+
+    def holds(self, site: Site, branches: Sequence[Branch]) -> bool:
+        """True when `site` gave something."""
+        return site in self.given
+
+    def recall(self, site: Site, branches: Sequence[Branch], axis: int = 0) -> Feature:
+        """What `site` gave."""
+        return self.given[site]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
 
 
 class Promises:
@@ -260,7 +298,7 @@ def _places(network: nn.Module, family: Family, kind: str, most: int | None = No
             chosen = _span(blocks, kind, first=i == 0)
             chosen = chosen[-most:] if most and kind == "rear" else chosen[:most]
             if chosen:
-                yield span_site, chosen, stack.streams, _idle(network, stack, blocks, chosen)
+                yield span_site, chosen, stack, _idle(network, stack, blocks, chosen)
     elif kind == "deep" and outer_blocks(network):
         yield deep_site, network
     elif kind == "branch":
@@ -309,7 +347,7 @@ def _branches(unet: nn.Module) -> Iterator[tuple[Any, ...]]:
         if "ResBlock" in names and not module.updown:
             yield output_site, module.in_layers
         elif "SpatialTransformer" in names:
-            yield span_site, [module], (0,), []
+            yield span_site, [module], Stack(""), []
 
 
 def output_site(hooks: FeatureHooks, site: Site, module: nn.Module) -> Swaps:
@@ -366,26 +404,25 @@ def joint_site(hooks: FeatureHooks, site: Site, modules: Sequence[Any]) -> Swaps
 
 
 def span_site(
-    hooks: FeatureHooks, site: Site, blocks: list[nn.Module], streams: Sequence[Any], idle: Sequence[nn.Module]
+    hooks: FeatureHooks, site: Site, blocks: list[nn.Module], stack: Stack, idle: Sequence[nn.Module]
 ) -> Swaps:
-    """What a run of blocks adds to its input. Reused, only the last of them does anything.
+    """What a run of `blocks` of a stack adds to its input. Reused, only the last of them does anything.
 
-    streams: as of Stack; idle: blocks beside these that do nothing meanwhile; they give what is added to a block and
-    what is handed on.
+    idle: blocks beside these that do nothing meanwhile; they give what is added to a block and what is handed on.
     """
 
     def rest(forward: Forward, handed_on: Any, *args: Any, **kwargs: Any) -> Any:
         return (handed_on, handed_on) if site in hooks.bases else forward(handed_on, *args, **kwargs)
 
     resting = [_forward(block, rest, block.forward) for block in idle]
-    return _span_record(hooks, site, blocks, streams), [*_span_reuse(hooks, site, blocks, streams), *resting]
+    return _span_record(hooks, site, blocks, stack), [*_span_reuse(hooks, site, blocks, stack), *resting]
 
 
-def _span_record(hooks: FeatureHooks, site: Site, blocks: list[nn.Module], streams: Sequence[Any]) -> list[Swap]:
+def _span_record(hooks: FeatureHooks, site: Site, blocks: list[nn.Module], stack: Stack) -> list[Swap]:
     """The host may add to what blocks return in place (ControlNet): the input is copied."""
 
     def enter(forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        given = [_stream(key, args, kwargs) for key in streams]
+        given = [_stream(key, args, kwargs) for key in stack.streams]
         hooks.begin_span(site, given)
         hooks.entered(site, given[0])
         return forward(*args, **kwargs)
@@ -396,32 +433,46 @@ def _span_record(hooks: FeatureHooks, site: Site, blocks: list[nn.Module], strea
         return output
 
     first, last = blocks[0], blocks[-1]
-    entering = _around(enter, first.forward)
+    entering = around(_but_aside(stack, enter), getattr(first, stack.method))
+    leaving = _but_aside(stack, leave)
     if first is last:
-        return [_forward(last, leave, entering)]
-    return [(first, "forward", entering), _forward(last, leave, last.forward)]
+        return [(last, stack.method, around(leaving, entering))]
+    return [(first, stack.method, entering), (last, stack.method, around(leaving, getattr(last, stack.method)))]
 
 
-def _span_reuse(hooks: FeatureHooks, site: Site, blocks: list[nn.Module], streams: Sequence[Any]) -> list[Swap]:
+def _span_reuse(hooks: FeatureHooks, site: Site, blocks: list[nn.Module], stack: Stack) -> list[Swap]:
     """What the skipped blocks pass on is never looked at."""
-    *skipped, last = blocks
-    forwards = [block.forward for block in blocks]
+    skipped = blocks[:-1]
+    forwards = [getattr(block, stack.method) for block in blocks]
 
     def pass_on(forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        given = [_stream(key, args, kwargs) for key in streams]
+        given = [_stream(key, args, kwargs) for key in stack.streams]
         if site not in hooks.bases and not (forward is forwards[0] and hooks.fits(site, given[0])):
             return forward(*args, **kwargs)
         hooks.begin_span(site, given)
         return given[0] if len(given) == 1 else tuple(given)
 
     def skip(forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        given = [_stream(key, args, kwargs) for key in streams]
+        given = [_stream(key, args, kwargs) for key in stack.streams]
         if not skipped and hooks.fits(site, given[0]):
             hooks.begin_span(site, given)
         return hooks.skip_span(site) if site in hooks.bases else forward(*args, **kwargs)
 
-    passing = [_forward(block, pass_on, forward) for block, forward in zip(skipped, forwards, strict=False)]
-    return [*passing, _forward(last, skip, forwards[-1])]
+    wrappers = [_but_aside(stack, wrapper) for wrapper in (*(pass_on for _ in skipped), skip)]
+    return [(block, stack.method, around(w, f)) for block, w, f in zip(blocks, wrappers, forwards, strict=True)]
+
+
+def _but_aside(stack: Stack, wrapper: Forward) -> Forward:
+    """`wrapper`, but for calls that `stack` says always run as they are."""
+    place = stack.aside
+    if place is None:
+        return wrapper
+
+    def wrapped(forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        alone = _stream(stack.streams[0], args, kwargs).shape[1] == args[place]
+        return forward(*args, **kwargs) if alone else wrapper(forward, *args, **kwargs)
+
+    return wrapped
 
 
 def deep_site(hooks: FeatureHooks, site: Site, unet: Any) -> Swaps:
@@ -469,12 +520,13 @@ def _each(function: Callable[[Any, Tensor], Any], output: Any, base: Sequence[Te
     return tuple(function(out, b) for out, b in zip(output, base, strict=False))
 
 
-def _around(wrapper: Forward, forward: Forward) -> Forward:
+def around(wrapper: Forward, forward: Forward) -> Forward:
+    """`forward` as `wrapper` calls it: wrapper(forward, *args, **kwargs)."""
     return lambda *args, **kwargs: wrapper(forward, *args, **kwargs)
 
 
 def _forward(module: nn.Module, wrapper: Forward, forward: Forward) -> Swap:
-    return module, "forward", _around(wrapper, forward)
+    return module, "forward", around(wrapper, forward)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,10 +13,10 @@ from torch import Tensor
 from ...fastercache_core import messages
 from ...fastercache_core.clock import Evaluation
 from ...fastercache_core.features.reuse import ReuseSettings
-from .attention_hook import CallsDiffer
+from .attention_hook import AttentionHook, CallsDiffer
 from .conditioning import Key
 from .families import DEEP
-from .feature_hooks import FeatureRequest, control_for, network_lock
+from .feature_hooks import FeatureHooks, FeatureRequest, control_for, network_lock
 from .feature_plan import FeaturePlan, is_patched
 from .model_call import ModelCall
 
@@ -62,7 +63,7 @@ class FeaturePass:
 
     def reusable(self, branches: Sequence[Key], options: Mapping[str, Any]) -> set[str]:
         """Kinds of features that `branches` can reuse now; options: the transformer's."""
-        reusable = self.plan.cache.reusable(branches) if branches else set()
+        reusable = self.plan.cache.reusable(branches) - self.plan.unchecked if branches else set()
         patched = {kind for kind in reusable if is_patched(kind, options.get("patches", {}))}
         for kind in sorted(patched):
             self.plan.note(messages.patched_kind(kind))
@@ -98,9 +99,20 @@ class FeaturePass:
         if request.tiled and recorded:
             parts = call.x.clone().chunk(len(request.branches))
             self._contents |= {b: (part, self._x.clone()) for b, part in zip(request.kept, parts, strict=True) if b}
-        control = control_for(call.control, call.network, reused)
-        with hooks.running(request, reused, recorded):
-            return call.run(control=control, options=hooks.options(call.options, reused)), reused
+        if recorded & self.plan.unchecked and isinstance(hooks, FeatureHooks):
+            return self._checked(call, hooks, request, recorded), set()
+        with self.plan.watching(call):
+            return run_under(hooks, call, request, reused, recorded), reused
+
+    def _checked(self, call: ModelCall, hooks: FeatureHooks, request: FeatureRequest, kinds: set[str]) -> Tensor:
+        """The output of a pass that stores `kinds`, and is run once more with what was stored: the latent is the same,
+        so the output must be."""
+        with hooks.remembering():
+            output = run_under(hooks, call, request, set(), kinds)
+            again = run_under(hooks, call, replace(request, branches=request.kept), kinds, set())
+        change = (again - output).float().norm() / (output - call.x).float().norm().clamp_min(1e-9)
+        self.plan.checked(kinds, bool(change <= 2 * eps_of(call.model) + 1e-3))
+        return output
 
     def _forget_changed(self, branches: Sequence[Key], conditions: Conditions) -> None:
         """Forget what was stored under other conditions: the network was another one then."""
@@ -129,6 +141,20 @@ def _moved_alike(part: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor]) -> b
         return False
     changes = [(now - before).norm() / before.norm() for before, now in (part, whole)]
     return bool(changes[0] <= (ALIKE * changes[1] + 1e-4).clamp(max=1.0))
+
+
+def run_under(
+    hooks: FeatureHooks | AttentionHook, call: ModelCall, request: FeatureRequest, reused: set[str], recorded: set[str]
+) -> Tensor:
+    """One pass of the network, with the kinds `reused` from the cache and those of `recorded` stored."""
+    control = control_for(call.control, call.network, reused)
+    with hooks.running(request, reused, recorded):
+        return call.run(control=control, options=hooks.options(call.options, reused))
+
+
+def eps_of(model: Any) -> float:
+    """The relative rounding error of the numbers that a model (the host's BaseModel) computes with."""
+    return torch.finfo(model.manual_cast_dtype or model.get_dtype()).eps
 
 
 Conditions = list[tuple[Any, Any]]  # (name, object)

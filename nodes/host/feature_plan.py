@@ -4,7 +4,7 @@ show what comes, else as features come."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,11 @@ from ...fastercache_core.report import features_text
 from .attention_hook import AttentionHook
 from .compatibility import is_compiled
 from .compiler import abandon_pass
-from .families import available, find_family
+from .families import SPANS, Stack, available, find_family
 from .feature_hooks import FeatureHooks, FeatureRequest, Promises
 from .model_call import ModelCall, uncompiled
 from .room import free_bytes, pinned_bytes
+from .structure import stacks_of, watching
 
 if TYPE_CHECKING:
     from .dry_run import DryRun
@@ -36,7 +37,8 @@ class FeaturePlan:
     """The cache of one run of one model, and the hooks that fill it.
 
     family: of the model; notes: sentences for the user; cache: for the kinds of features that are tried, or chosen;
-    hooks: None before its first pass; gave_up: memory ran out, no features are cached any more.
+    hooks: None before its first pass; unchecked: kinds in blocks that were found by structure and not yet checked;
+    gave_up: memory ran out, no features are cached any more.
     """
 
     def __init__(self, settings: ReuseSettings, model: Any, percent_to_sigma: Callable[[float], float]) -> None:
@@ -44,18 +46,18 @@ class FeaturePlan:
         self.family = find_family(uncompiled(model.model.diffusion_model))
         self.settings, self.percent_to_sigma, self.compiled = settings, percent_to_sigma, is_compiled(model)
         self.device = torch.device(settings.storage.device or model.load_device)
-        self.notes = [] if self.family.known else [messages.unknown_family(self.family.name)]
+        self.notes: list[str] = []
         self.gave_up = False
         self.hooks: Hooks | None = None
-        choices = [(name, *available(self.family, intervals)) for name, intervals in settings.depths]
-        self._depths = [(name, intervals) for name, intervals, replaced in choices if not replaced]
+        self.unchecked: set[str] = set()
+        self._seen, self._other_output = self.family.known, False  # whether the blocks were looked for, and fooled us
+        self._depths: list[tuple[str, Mapping[str, Interval]]] = []
         self._passed_over: dict[str, str] = {}
-        if self._depths:
-            self._use(*self._depths.pop(0))
+        self._replaced: Mapping[str, str | None] = {}
+        if self.family.known:
+            self._choose()
         else:
-            intervals, replaced = available(self.family, settings.intervals)
-            self.notes += [messages.instead(self.family.name, kind, other) for kind, other in replaced.items()]
-            self._use(None, intervals)
+            self._use(None, settings.intervals)  # until a pass has shown its blocks
 
     def note(self, sentence: str) -> None:
         """Tell the user, once."""
@@ -72,6 +74,8 @@ class FeaturePlan:
         """Make the hooks before the first pass: the host has loaded the model, so what is free now is really free."""
         dry_run, budget = self._dry_run(call), self._budget(call)
         try:
+            if not self._seen:
+                self._look(dry_run, call)
             while True:
                 self.cache.memory.offer(*budget)
                 reason = self._unfit(call, dry_run, request)
@@ -85,6 +89,29 @@ class FeaturePlan:
         self._tell()
         return hooks
 
+    @contextmanager
+    def watching(self, call: ModelCall) -> Iterator[None]:
+        """While open, a pass runs, which shows what its blocks do where no dry run could."""
+        if self._seen:
+            yield
+            return
+        with watching(call.network, call.x.shape[0]) as lists:
+            yield
+        self._seen, stacks = True, stacks_of(lists)
+        if stacks:
+            self._found(stacks)
+
+    def checked(self, kinds: Collection[str], as_computed: bool) -> None:
+        """A pass with `kinds` from the cache was run for the latent that they come from.
+
+        as_computed: it gave what the pass did that they were stored in. Otherwise only attention is left to be reused.
+        """
+        self.unchecked -= set(kinds)
+        if not as_computed:
+            self._other_output = True
+            self.cache.reset()
+            self._found(())
+
     def give_up(self) -> None:
         """Leave all memory to the host for the rest of the run."""
         self.note(messages.OUT_OF_MEMORY if self.cache.tensors() else messages.OUT_OF_MEMORY_AT_ONCE)
@@ -96,15 +123,46 @@ class FeaturePlan:
     def close(self) -> dict[str, Any]:
         """Drop every tensor; return the largest plan of the run for the report: what had room, and where."""
         self._remember()
-        if not (self._largest["sites"] or self.gave_up):
+        cached = self._largest["sites"] > 0
+        self.notes[:0] = [messages.instead(self.family.name, kind, other) for kind, other in self._replaced.items()]
+        if self._seen and not self.family.known:
+            self.notes.insert(0, self._why_unknown(cached))
+        if not (cached or self.gave_up):
             self.notes.append(self._why_nothing())
-        if self._depth:
+        if self._depth and cached:
             self.notes.append(self._why_depth())
         self.cache.reset()
         self.hooks = None
         if self.device.type != "cpu":
             host_memory.soft_empty_cache()
         return {**self._largest, **({"depth": self._depth} if self._depth else {})}
+
+    def _look(self, dry_run: DryRun | None, call: ModelCall) -> None:
+        """See in a dry run what the blocks do; where there is none, the first pass shows it, if it is not compiled."""
+        stacks: tuple[Stack, ...] = ()
+        with optional():
+            if dry_run:
+                with watching(dry_run.network, call.x.shape[0]) as lists:
+                    dry_run.run(dry_run.options)
+                stacks, self._seen = stacks_of(lists), True
+        self._seen |= self.compiled
+        self._found(stacks)
+
+    def _found(self, stacks: tuple[Stack, ...]) -> None:
+        """The lists of blocks of a model of no family are known now."""
+        self.family = replace(self.family, stacks=stacks)
+        self._choose()
+
+    def _choose(self) -> None:
+        """Take the depths that the family has, the one first that saves most."""
+        evaluation = None if self.family.known else self.cache.evaluation
+        choices = [(name, *available(self.family, intervals)) for name, intervals in self.settings.depths]
+        self._depths = [(name, intervals) for name, intervals, replaced in choices if not replaced]
+        if self._depths:
+            self._use(*self._depths.pop(0), evaluation)
+        else:
+            intervals, self._replaced = available(self.family, self.settings.intervals)
+            self._use(None, intervals, evaluation)
 
     def _use(self, depth: str | None, intervals: Mapping[str, Interval], evaluation: Evaluation | None = None) -> None:
         """Cache at `intervals`; depth: their name, None where it was not chosen here."""
@@ -113,6 +171,7 @@ class FeaturePlan:
         if evaluation:
             self.cache.begin(evaluation)
         self.hooks = None
+        self.unchecked = set() if self.family.known else set(intervals) & set(SPANS)
         self._settled, self._told, self._largest = False, False, self._plan()
 
     def _settle(self) -> None:
@@ -148,7 +207,7 @@ class FeaturePlan:
         return self._lack() if seen else None
 
     def _make_hooks(self, network: Any, cache: ReuseCache | Promises, compiled: bool = False) -> Hooks:
-        if self.family.known:
+        if self.family.known or set(self.cache.kinds) & set(SPANS):
             return FeatureHooks(network, self.family, cache, self.cache.kinds, compiled)
         return AttentionHook(cache, network, compiled)
 
@@ -210,6 +269,13 @@ class FeaturePlan:
     def _why_depth(self) -> str:
         assert self._depth
         return messages.automatic_depth(self._depth, self.family.name, self._passed_over)
+
+    def _why_unknown(self, cached: bool) -> str:
+        """What is reused of a model of no family. cached: some of it had room."""
+        lists = [stack.path for stack in self.family.stacks]
+        if cached and set(self.cache.kinds) & set(SPANS):
+            return messages.found_blocks(self.family.name, lists)
+        return messages.unknown_family(self.family.name, lists, self._other_output, cached)
 
     def _why_nothing(self) -> str:
         budget = self.cache.memory.budget or 0

@@ -17,9 +17,9 @@ class OutputSpace:
     instead of being written down per family.
     """
 
-    def __init__(self, model_sampling: Any, sigma: Tensor, x: Tensor) -> None:
-        """sigma: [batch]; x: [batch, ...], the sampler's latent."""
-        self.model_sampling, self.sigma, self.x = model_sampling, sigma, x
+    def __init__(self, model_sampling: Any, sigma: Tensor, x: Tensor, parts: tuple[int, ...] = ()) -> None:
+        """sigma: [batch]; x: [batch, ...], the sampler's latent; parts: as of `rms`."""
+        self.model_sampling, self.sigma, self.x, self.parts = model_sampling, sigma, x, parts
         one = torch.ones((sigma.shape[0],) + (1,) * (x.ndim - 1), dtype=x.dtype, device=x.device)
         zero = torch.zeros_like(one)
         self.scale = model_sampling.calculate_denoised(sigma, one, zero)
@@ -36,9 +36,11 @@ class OutputSpace:
     def unit(self, latent: Tensor) -> Tensor:
         """What turns an error of the output into one of the slope (x - denoised) / sigma, relative to `latent`.
 
-        latent: [batch, ...], measured by its root mean square. Returns [batch].
+        latent: [batch, ...], measured by its root mean square. Returns [batch], of a packed one [batch, parts].
         """
-        return self.scale.flatten().abs() / (self.sigma * rms(latent)).clamp_min(1e-9)
+        size = rms(latent, self.parts)
+        scale, sigma = (t.reshape(-1, *[1] * (size.ndim - 1)) for t in (self.scale.abs(), self.sigma))
+        return scale / (sigma * size).clamp_min(1e-9)
 
     def add(self, denoised: Tensor, output: Tensor) -> Tensor:
         """A denoised latent moved by a difference in output space."""
@@ -57,9 +59,9 @@ class SlopeSpace(OutputSpace):
     predicts v).
     """
 
-    def __init__(self, model_sampling: Any, sigma: Tensor, x: Tensor) -> None:
-        """sigma: [batch]; x: [batch, ...], the sampler's latent."""
-        self.model_sampling, self.sigma, self.x = model_sampling, sigma, x
+    def __init__(self, model_sampling: Any, sigma: Tensor, x: Tensor, parts: tuple[int, ...] = ()) -> None:
+        """sigma: [batch]; x: [batch, ...], the sampler's latent; parts: as of `rms`."""
+        self.model_sampling, self.sigma, self.x, self.parts = model_sampling, sigma, x, parts
         self.scale = -sigma.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
     def denoised(self, output: Tensor) -> Tensor:
@@ -74,9 +76,9 @@ class DenoisedSpace(OutputSpace):
     behind the noise does not.
     """
 
-    def __init__(self, model_sampling: Any, sigma: Tensor, x: Tensor) -> None:
-        """sigma: [batch]; x: [batch, ...], the sampler's latent."""
-        self.model_sampling, self.sigma, self.x = model_sampling, sigma, x
+    def __init__(self, model_sampling: Any, sigma: Tensor, x: Tensor, parts: tuple[int, ...] = ()) -> None:
+        """sigma: [batch]; x: [batch, ...], the sampler's latent; parts: as of `rms`."""
+        self.model_sampling, self.sigma, self.x, self.parts = model_sampling, sigma, x, parts
         self.scale = torch.ones((sigma.shape[0],) + (1,) * (x.ndim - 1), dtype=x.dtype, device=x.device)
 
     def output(self, denoised: Tensor) -> Tensor:

@@ -301,7 +301,8 @@ class CacheRun:
         if reference is None:
             return None
         active = active_branches(call.conds, evaluation.sigma)
-        space = self._space(len(active))(self.setup.model_sampling, call.timestep, call.x)
+        parts = self.setup.parts if call.x.shape[-1] == sum(self.setup.parts) else ()  # other in a context window
+        space = self._space(len(active))(self.setup.model_sampling, call.timestep, call.x, parts)
         same = fingerprint(call.conds, evaluation.sigma, call.x)
         return Pass(evaluation, call.conds, reference, active, call.x, space, same)
 

@@ -5,6 +5,7 @@ Here the host's positional arguments get names; `model_call` hands them back. No
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -62,8 +63,9 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     guider, options = executor.class_obj, executor.class_obj.model_options
     settings = options["transformer_options"][SETTINGS_KEY]
     observer = options["transformer_options"].get(OBSERVER_KEY)
-    shape = (kwargs.get("latent_shapes") or [args[0].shape])[0]  # of packed latents the first
-    run = CacheRun(settings, RunSetup(guider, args[2], tuple(args[3].tolist()), tuple(shape)), observer)
+    first, *others = shapes = kwargs.get("latent_shapes") or [args[0].shape]  # of packed latents
+    parts = tuple(math.prod(shape[1:]) for shape in shapes) if others else ()
+    run = CacheRun(settings, RunSetup(guider, args[2], tuple(args[3].tolist()), tuple(first), parts), observer)
     in_full = _in_full(executor, args, kwargs) if settings.learn and observer is None else None
     try:
         latent = _under(run, executor, *args, **kwargs)

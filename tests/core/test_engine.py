@@ -658,3 +658,38 @@ def test_where_other_branches_could_not_follow_no_output_is_predicted(controller
     run = Sampling().run(alone)
     assert run.letters == "C" * 30 and torch.equal(run.latent, run.sampling.full())
     assert Sampling(active=lambda sigma: (0,)).run(alone).count(Action.PREDICT) > 5
+
+
+class QuietTrack(Model):
+    """A loud latent that is easy to predict, packed with a small and quiet one that is not."""
+
+    LOUD, QUIET = 3840, 256
+
+    def __init__(self) -> None:
+        super().__init__(shape=(1, self.LOUD + self.QUIET))
+        self.gain = torch.ones(self.shape)
+        self.gain[..., self.LOUD :] = 0.01
+        self.noise = self.noise * self.gain
+
+    def shallow(self, branch: int, sigma: float, x: Tensor) -> Tensor:
+        rough = 0.2 * self.fields(1, 1 + round(1e4 * sigma))[0] * (self.gain < 1)
+        return (super().shallow(branch, sigma, x / self.gain) + rough) * self.gain
+
+    def deep(self, branch: int, sigma: float, x: Tensor) -> Tensor:
+        return super().deep(branch, sigma, x) * self.gain
+
+
+@pytest.mark.parametrize("controller", [AdaptiveSettings(40.0), IntervalSettings(Interval(3), tolerance=0.004)])
+def test_a_quiet_sound_track_is_not_sacrificed_to_a_picture(controller: Any) -> None:
+    """The error of each part of a packed latent counts by itself: the whole is as near as the part that is worst."""
+
+    def parts(run: Run) -> list[float]:
+        full = run.sampling.full()
+        pairs = zip(*(latent.split([QuietTrack.LOUD, QuietTrack.QUIET], -1) for latent in (run.latent, full)))
+        return [((ours - theirs).norm() / theirs.norm()).item() for ours, theirs in pairs]
+
+    packed = Sampling(QuietTrack(), parts=(QuietTrack.LOUD, QuietTrack.QUIET)).run(all_on(controller))
+    as_one = Sampling(QuietTrack()).run(all_on(controller))
+    picture, sound = parts(packed)
+    assert parts(as_one)[1] > 0.03, "taken as one, its error does not show"
+    assert sound < 0.02 and picture < 0.02 and packed.rows > as_one.rows

@@ -36,11 +36,14 @@ def test_every_family_gets_the_depth_that_saves_most_and_reuses_it(tiny_models, 
     assert f"automatic depth: {wanted} saves most of what" in notes and "instead" not in notes
 
 
-def test_a_model_of_no_family_gets_attention(tiny_models, monkeypatch):
+@pytest.mark.parametrize(
+    "name, depth, kinds", [("wan", "all blocks", ["stack"]), ("cosmos", "all attention", ["self", "cross"])]
+)
+def test_a_model_of_no_family_gets_its_blocks_or_attention(tiny_models, monkeypatch, name, depth, kinds):
     monkeypatch.setattr(families, "FAMILIES", ())
-    chosen, notes, counted = run(tiny_models("wan"), "wan", chosen_by_node())
-    assert chosen["depth"] == "all attention" and chosen["kinds"] == ["self", "cross"] and counted["reused"] >= 4
-    assert "feature reuse does not know WanModel" in notes
+    chosen, notes, counted = run(tiny_models(name), name, chosen_by_node())
+    assert chosen["depth"] == depth and chosen["kinds"] == kinds and counted["reused"] >= 4
+    assert "feature reuse does not know" in notes
 
 
 def test_what_does_not_fit_is_passed_over_for_what_does(tiny_models, monkeypatch):

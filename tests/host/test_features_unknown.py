@@ -1,4 +1,5 @@
-"""Feature reuse on models that no family entry matches: at the host's hook for attention."""
+"""Feature reuse on models that no family entry matches: in blocks that are found as the model runs, or else at the
+host's hook for attention."""
 
 import comfy.ops
 import pytest
@@ -11,9 +12,15 @@ from fastercache_pack.nodes.host.wrappers import attach, last_report
 from support.features import (
     ACTIONS,
     ALL_COMPUTED,
+    BLOCKS,
+    SPANS,
+    STACKED,
     STILL,
     Backend,
+    chosen_by_node,
     compiled,
+    host_picture,
+    reused_as_computed,
     reusing,
     shuffled_batches,
     still_around,
@@ -22,7 +29,7 @@ from support.features import (
 from support.runs import actions, relative
 from support.tiny import SPECS, sample
 
-WIDTH, HEADS, BLOCKS = 32, 4, 2
+WIDTH, HEADS, DEPTH = 32, 4, 2
 
 
 class Own(torch.nn.Module):
@@ -31,15 +38,15 @@ class Own(torch.nn.Module):
     hands: whether it hands the host's options to attention. ways(options): its blocks in the order they run.
     """
 
-    def __init__(self, channels, context, hands=True, ways=lambda options: range(BLOCKS)):
+    def __init__(self, channels, context, hands=True, ways=lambda options: range(DEPTH)):
         super().__init__()
         linear = comfy.ops.disable_weight_init.Linear
         self.dtype, self.hands, self.ways = torch.float32, hands, ways
         self.into, self.out = linear(channels, WIDTH), linear(WIDTH, channels)
         self.time = linear(1, WIDTH)
-        self.own = torch.nn.ModuleList(linear(WIDTH, 3 * WIDTH) for _ in range(BLOCKS))
-        self.query = torch.nn.ModuleList(linear(WIDTH, WIDTH) for _ in range(BLOCKS))
-        self.prompt = torch.nn.ModuleList(linear(context, 2 * WIDTH) for _ in range(BLOCKS))
+        self.own = torch.nn.ModuleList(linear(WIDTH, 3 * WIDTH) for _ in range(DEPTH))
+        self.query = torch.nn.ModuleList(linear(WIDTH, WIDTH) for _ in range(DEPTH))
+        self.prompt = torch.nn.ModuleList(linear(context, 2 * WIDTH) for _ in range(DEPTH))
         generator = torch.Generator().manual_seed(4)
         for parameter in self.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
@@ -81,17 +88,17 @@ def test_attention_that_is_reused_does_not_run_and_is_what_would_have_been_compu
     model, ran = own()
     theirs = sample(model, "sd15", sigmas=STILL, batch=2)
     every = len(ran)
-    assert every == len(ACTIONS) * BLOCKS * 2
+    assert every == len(ACTIONS) * DEPTH * 2
     alone = sample(model, "sd15", sigmas=STILL, batch=2, cfg=1.0)
     assert relative(alone, theirs) > 0.01 and relative(theirs[:1], theirs[1:]) > 0.01
     model, ran = own()
     model = attach(model, reusing(*kinds))
     held = sample(model, "sd15", sigmas=STILL, batch=2)
     assert actions(model) == ACTIONS, told(model)
-    assert len(ran) == every - ACTIONS.count("reused") * BLOCKS * len(kinds)
+    assert len(ran) == every - ACTIONS.count("reused") * DEPTH * len(kinds)
     assert relative(held, theirs) < 1e-4
-    assert messages.unknown_family("Own") in told(model)
-    assert last_report(model)["run"]["features"]["sites"] == BLOCKS * len(kinds)
+    assert messages.unknown_family("Own", [], False, True) in told(model)
+    assert last_report(model)["run"]["features"]["sites"] == DEPTH * len(kinds)
     shuffled_batches(monkeypatch)
     assert relative(sample(model, "sd15", sigmas=STILL, batch=2), theirs) < 1e-4
 
@@ -101,7 +108,7 @@ def test_storing_changes_nothing(own):
     theirs = sample(model, "sd15", sigmas=STILL)
     model = attach(own()[0], reusing("self", "cross", every=1))
     assert torch.equal(sample(model, "sd15", sigmas=STILL), theirs)
-    assert last_report(model)["run"]["features"]["sites"] == BLOCKS * 2
+    assert last_report(model)["run"]["features"]["sites"] == DEPTH * 2
 
 
 def test_depths_that_need_blocks_become_attention(own):
@@ -117,13 +124,21 @@ def test_where_the_model_does_not_hand_on_the_hook_everything_runs_and_that_is_s
     model = attach(own(hands=False)[0], reusing("self"))
     assert torch.equal(sample(model, "sd15", sigmas=STILL), theirs)
     assert actions(model) == ALL_COMPUTED and "no self feature was found in this run" in told(model)
+    assert messages.unknown_family("Own", [], False, False) in told(model)
+
+
+def test_where_nothing_can_be_reused_nothing_is_said_to_be_saved(own):
+    model = attach(own(hands=False)[0], chosen_by_node())
+    sample(model, "sd15", steps=8)
+    assert "reused" not in actions(model) and "nothing is reused" in told(model)
+    assert "its attention cannot be skipped either" in told(model) and "saves most" not in told(model)
 
 
 @pytest.mark.parametrize("late", [range(1), [1, 0, 1], [0]], ids=str)
 def test_a_pass_with_other_calls_than_were_recorded_is_computed(own, late):
     """Fewer or more of them: nothing that was stored before is put into it, and it is the host's own."""
     border = float(own()[0].get_model_object("model_sampling").percent_to_sigma(0.5))
-    ways = lambda options: range(BLOCKS) if options["sigmas"][0] > border else late
+    ways = lambda options: range(DEPTH) if options["sigmas"][0] > border else late
     model, _ = own(ways=ways)
     sigmas = still_around(model, 0.5)
     theirs = sample(model, "sd15", sigmas=sigmas)
@@ -169,7 +184,7 @@ def test_memory_is_bounded_to_the_byte(own):
     assert sum(last_report(sites)["totals"]["peak_cache_bytes"].values()) == every > 0
     model = attach(own()[0], reusing("self", every=2, weight="fitted", dtype="fp8", budget=every - 1))
     sample(model, "sd15", steps=12)
-    assert last_report(model)["run"]["features"]["sites"] == BLOCKS - 1
+    assert last_report(model)["run"]["features"]["sites"] == DEPTH - 1
     assert "reused" in actions(model)
 
 
@@ -232,3 +247,120 @@ def test_a_family_of_the_host_that_does_not_hand_on_its_options_needs_its_entry(
     model = attach(tiny_models(name), reusing("self"))
     sample(model, name, sigmas=STILL)
     assert actions(model) == ALL_COMPUTED and "no self feature was found" in told(model)
+
+
+# Families of the host whose own entry names the same lists that are found without it.
+FOUND = ("sd3", "flux", "chroma", "wan", "ltxv", "qwen", "predict2", "pixart", "mochi", "aura", "hydit", "omnigen2")
+
+
+@pytest.mark.parametrize("name, kind", [(name, kind) for name in FOUND for kind in STACKED[name]])
+def test_blocks_that_are_found_do_not_run_when_they_are_reused(tiny_models, monkeypatch, name, kind):
+    """As with the entry: the same layers are left out, and what is reused is what would have been computed."""
+    theirs, layers = host_picture(tiny_models(name), lambda model: sample(model, name, sigmas=STILL, batch=2))
+    monkeypatch.setattr(families, "FAMILIES", ())
+    shuffled_batches(monkeypatch)
+    model = tiny_models(name)
+    reused_as_computed(model, name, kind, theirs, layers, batch=2)
+
+
+def test_what_was_found_is_told_with_its_lists(tiny_models, monkeypatch):
+    monkeypatch.setattr(families, "FAMILIES", ())
+    model = attach(tiny_models("flux"), chosen_by_node())
+    sample(model, "flux", steps=12)
+    assert last_report(model)["run"]["features"]["depth"] == "all blocks" and "reused" in actions(model)
+    assert messages.found_blocks("Flux", BLOCKS["flux"]) in told(model)
+
+
+def test_storing_in_blocks_that_were_found_changes_nothing(tiny_models, monkeypatch):
+    theirs = sample(tiny_models("flux"), "flux", sigmas=STILL)
+    monkeypatch.setattr(families, "FAMILIES", ())
+    model = attach(tiny_models("flux"), reusing("stack", every=1))
+    assert torch.equal(sample(model, "flux", sigmas=STILL), theirs)
+    assert last_report(model)["run"]["features"]["sites"] > 0, "it did store"
+
+
+class Block(torch.nn.Module):
+    """A block of a transformer, that adds to its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = comfy.ops.disable_weight_init.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, tokens, options, seen=None):
+        if seen is not None:
+            seen.append(tokens.mean())
+        return tokens + optimized_attention(*self.inner(tokens).chunk(3, -1), HEADS, transformer_options=options)
+
+
+class Blocks(Own):
+    """A network of nobody's with a list of blocks, which may do `what` no list of blocks should.
+
+    collects: what every block took in changes the end. turned: its tokens come before the batch. shuffled: its blocks
+    run in another order.
+    """
+
+    def __init__(self, channels, context, what=None):
+        super().__init__(channels, context)
+        self.what = what
+        self.blocks = torch.nn.ModuleList(Block() for _ in range(4))
+        generator = torch.Generator().manual_seed(5)
+        for parameter in self.blocks.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) / WIDTH**0.5
+
+    def forward(self, x, timesteps, context=None, transformer_options=None, **kwargs):
+        seen = [] if self.what == "collects" else None
+        tokens = self.into(x.flatten(2).mT) + self.time(timesteps[:, None] / 1000)[:, None]
+        if self.what == "turned":
+            tokens = tokens.transpose(0, 1)
+        for i in (0, 2, 1, 3) if self.what == "shuffled" else range(4):
+            tokens = self.blocks[i](tokens, transformer_options, seen)
+        if self.what == "turned":
+            tokens = tokens.transpose(0, 1)
+        end = tokens + sum(seen) if seen else tokens
+        return self.out(end + self.prompt[0](context).mean(1, True)[..., :WIDTH]).mT.unflatten(2, x.shape[2:])
+
+
+@pytest.fixture
+def blocks(tiny_models):
+    """Makes a MODEL of the class Blocks."""
+    patcher = tiny_models("sd15")
+    theirs = patcher.model.diffusion_model
+
+    def make(what=None):
+        patcher.model.diffusion_model = Blocks(SPECS["sd15"]["lat"][0], SPECS["sd15"]["ctx"][1], what)
+        return patcher.clone()
+
+    yield make
+    patcher.model.diffusion_model = theirs
+
+
+# What a network does that is not the host's own is seen in a real pass, so that some of its branches start later.
+LONGER = torch.tensor([0.5] * 4 + [0.2, 0.0])
+
+
+@pytest.mark.parametrize("kind", SPANS)
+def test_blocks_of_a_network_that_is_not_the_hosts_own(blocks, monkeypatch, kind):
+    theirs = sample(blocks(), "sd15", sigmas=LONGER, batch=2)
+    shuffled_batches(monkeypatch)
+    model = attach(blocks(), reusing(kind))
+    held = sample(model, "sd15", sigmas=LONGER, batch=2)
+    assert "reused" in actions(model) and relative(held, theirs) < 1e-4, told(model)
+    assert messages.found_blocks("Blocks", ["blocks"]) in told(model)
+
+
+def test_blocks_that_give_more_than_they_hand_on_are_found_out_and_left_alone(blocks):
+    """Reused, the output for the same latent is another one: only attention is left."""
+    theirs = sample(blocks("collects"), "sd15", sigmas=LONGER)
+    model = attach(blocks("collects"), chosen_by_node())
+    sample(model, "sd15", steps=12)
+    assert messages.unknown_family("Blocks", [], True, True) in told(model)
+    assert last_report(model)["run"]["features"]["depth"] == "all attention" and "reused" in actions(model)
+    model = attach(blocks("collects"), reusing("stack"))
+    assert relative(sample(model, "sd15", sigmas=LONGER), theirs) < 1e-4
+
+
+@pytest.mark.parametrize("what", ["turned", "shuffled"])
+def test_blocks_that_cannot_be_told_apart_by_branch_or_run_otherwise_are_not_taken(blocks, what):
+    model = attach(blocks(what), chosen_by_node())
+    sample(model, "sd15", steps=8, cfg=4.0)
+    assert "no list of its blocks runs in order" in told(model)

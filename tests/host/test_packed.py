@@ -272,6 +272,27 @@ def test_skipping_is_nearer_to_full_sampling_than_fewer_steps_at_no_lower_cost(t
         assert 0 < near < far
 
 
+def test_a_sound_track_that_is_hard_to_predict_is_not_sacrificed_to_the_video(tiny_models):
+    """The error of each part counts by itself: in both together, that of the small sound track would hardly show."""
+    videos = torch.Size(VIDEO).numel()
+
+    def predicted(rough):
+        def with_noise(apply_model, args):
+            denoised = apply_model(args["input"], args["timestep"], **args["c"])
+            noise = torch.Generator().manual_seed(round(1e4 * float(args["timestep"][0])))
+            sound = denoised[..., videos:]
+            noisy = sound + rough * torch.randn(sound.shape[1:], generator=noise)
+            return torch.cat([denoised[..., :videos], noisy], -1)
+
+        model = tiny_models(NAME)
+        model.set_model_unet_function_wrapper(with_noise)
+        model = attach(model, automatic("50 dB", 50.0, Window()))
+        sample(model, steps=STEPS)
+        return evaluations(model).get("predicted", 0)
+
+    assert predicted(0.2) < predicted(0.0) / 2
+
+
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_every_preset_skips_or_says_why_it_did_not(tiny_models, preset):
     model = attach(tiny_models(NAME), PRESETS[preset](Window()))

@@ -35,8 +35,8 @@ def all_on(controller: Any, forecast: str = "fitted", reuse: bool = False) -> Ca
 class FlowSpace:
     """The output space of a flow model: denoised = x - sigma * velocity. See protocols.Space."""
 
-    def __init__(self, sigma: float, x: Tensor) -> None:
-        self.sigma, self.x = sigma, x
+    def __init__(self, sigma: float, x: Tensor, parts: tuple[int, ...] = ()) -> None:
+        self.sigma, self.x, self.parts = sigma, x, parts
         self.scale = x.new_full((len(x), *[1] * (x.ndim - 1)), -sigma)
 
     def output(self, denoised: Tensor) -> Tensor:
@@ -49,7 +49,8 @@ class FlowSpace:
 
     def unit(self, latent: Tensor) -> Tensor:
         """What makes errors of the velocity relative to `latent`."""
-        return self.scale.flatten().abs() / (self.sigma * rms(latent)).clamp_min(1e-9)
+        size = rms(latent, self.parts)
+        return self.scale.reshape(-1, *[1] * (size.ndim - 1)).abs() / (self.sigma * size).clamp_min(1e-9)
 
     def add(self, denoised: Tensor, output: Tensor) -> Tensor:
         """A denoised latent moved by a difference of velocities."""
@@ -146,7 +147,8 @@ class Sampling:
     """How a run samples.
 
     active(sigma): the branches that are active; fingerprint(sigma): of the conditionings; reference: None where the
-    positive conditioning is none of the branches; solver: what the engine knows of the sampler, None for its own row.
+    positive conditioning is none of the branches; solver: what the engine knows of the sampler, None for its own row;
+    parts: elements of each of several latents that are packed into one.
     """
 
     model: Model = field(default_factory=Model)
@@ -160,6 +162,7 @@ class Sampling:
     observer: Observer | None = None
     late: bool = False
     deep: bool = True
+    parts: tuple[int, ...] = ()
 
     def run(self, settings: CacheSettings = FULL) -> Run:
         """A run under `settings`."""
@@ -227,7 +230,7 @@ class Run:
         sampling, active = self.sampling, self.sampling.active(sigma)
         branches = [f"branch {i}" for i in range(1 + max([1, *active]))]
         reference = -1 if sampling.reference is None else sampling.reference
-        space, fingerprint = FlowSpace(sigma, x), sampling.fingerprint(sigma)
+        space, fingerprint = FlowSpace(sigma, x, sampling.parts), sampling.fingerprint(sigma)
         return Pass(self.clock.tick(sigma), branches, reference, active, x, space, fingerprint)
 
     def _guided(self, outputs: Sequence[Tensor], sigma: float) -> Tensor:

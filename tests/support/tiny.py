@@ -207,6 +207,7 @@ def build(name, seed=0, dtype=torch.float32):
     if kind is None:
         pytest.skip(f"this host has no {SPECS[name]['cls']}")
     config = kind(_config(name))
+    config.unet_config.update(_config(name))  # in place of what the class knows of the large ones
     config.set_inference_dtype(dtype, None)
     model = config.get_model({}, "")
     random_weights(model.diffusion_model, seed)
