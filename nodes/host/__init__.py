@@ -17,6 +17,7 @@ room            how much memory the host leaves for features
 feature_hooks   the places of a network whose outputs are features, and how they are swapped
 attention_hook  the same for a network of no known family
 families        where each model family keeps what can be reused
+structure       the same for a network of no known family, found by watching one pass
 dry_run         a pass without values, to see the shapes of features
 fingerprint     which model this is, and which size of picture
 found           policies that Auto-FR found, kept in a file for each model, sampler and steps

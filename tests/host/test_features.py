@@ -292,7 +292,7 @@ class Passes(threading.Thread):
         options = {"cond_or_uncond": [0], "uuids": ["a"], "sigmas": torch.tensor([0.5])}
         executor = self.Executor(self.model.model)
         for ordinal in range(8):
-            self.features.begin(Evaluation(ordinal, 0.9 - 0.1 * ordinal, 0.1 * ordinal, False))
+            self.features.begin(Evaluation(ordinal, 0.9 - 0.1 * ordinal, 0.1 * ordinal, False), self.x)
             call = ModelCall(executor, self.x, torch.tensor([0.5]), None, self.context, None, options, (), self.given)
             result, kinds = self.features.run(call, FeatureRequest(["a"], ["a"], True))
             self.results.append(result)
