@@ -4,7 +4,7 @@ python -m testbed.host_names PATH ...    says which names a tree lacks; needs on
 
 A name is what an import or an attribute of something imported says: `comfy.samplers.KSampler.SAMPLERS`. What is tried
 for (`except ImportError`, `hasattr`) may be missing. So may the classes that the table of families names, as long as
-one of the trees has them.
+one of several trees has them.
 """
 
 from __future__ import annotations
@@ -224,6 +224,8 @@ def missing(found: Uses, trees: list[Tree]) -> dict[str, list[Tree]]:
         if any(tree.owns(name) for tree in trees)
     }
     nowhere = {name: trees for name in sorted(found.classes) if not any(tree.has(name) for tree in trees)}
+    if len(trees) == 1:  # it may be too old for some, or too new
+        nowhere = {}
     return {name: without for name, without in {**lacking, **nowhere}.items() if without}
 
 
