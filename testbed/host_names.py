@@ -3,8 +3,8 @@
 python -m testbed.host_names PATH ...    says which names a tree lacks; needs only plain Python
 
 A name is what an import or an attribute of something imported says: `comfy.samplers.KSampler.SAMPLERS`. What is tried
-for (`except ImportError`, `hasattr`) may be missing. So may the classes that the table of families names, as long as
-one of several trees has them.
+for (`except ImportError`, `hasattr`) may be missing. So may the classes that the table of families names; those that
+none of the trees has are said.
 """
 
 from __future__ import annotations
@@ -218,19 +218,18 @@ def shipped() -> Uses:
 
 def missing(found: Uses, trees: list[Tree]) -> dict[str, list[Tree]]:
     """The names that are lacking, with the trees that lack them."""
-    lacking = {
-        name: [tree for tree in trees if not tree.has(name)]
-        for name in sorted(found.needed)
-        if any(tree.owns(name) for tree in trees)
-    }
-    nowhere = {name: trees for name in sorted(found.classes) if not any(tree.has(name) for tree in trees)}
-    if len(trees) == 1:  # it may be too old for some, or too new
-        nowhere = {}
-    return {name: without for name, without in {**lacking, **nowhere}.items() if without}
+    known = [name for name in sorted(found.needed) if any(tree.owns(name) for tree in trees)]
+    lacking = {name: [tree for tree in trees if not tree.has(name)] for name in known}
+    return {name: without for name, without in lacking.items() if without}
+
+
+def nowhere(found: Uses, trees: list[Tree]) -> list[str]:
+    """The classes named as text that no tree has: misspelt, or of another version."""
+    return [name for name in sorted(found.classes) if not any(tree.has(name) for tree in trees)]
 
 
 def main() -> None:
-    """Say what is lacking where; the exit code is 0 when nothing is."""
+    """Say what is lacking where; the exit code is 0 when nothing that is needed is."""
     trees = [Tree(Path(path)) for path in sys.argv[1:]]
     if not trees:
         sys.exit(__doc__)
@@ -238,6 +237,8 @@ def main() -> None:
     lacking = missing(found, trees)
     for name, without in lacking.items():
         print(f"{name} is not in ComfyUI {', '.join(version(tree.root) for tree in without)}")
+    for name in nowhere(found, trees):
+        print(f"{name}, the class of a family, is in none of these")
     if not lacking:
         print(f"Every name of the host that shipped files need is in {', '.join(version(t.root) for t in trees)}.")
     sys.exit(bool(lacking))

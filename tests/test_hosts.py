@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from testbed import hosts
-from testbed.host_names import Tree, missing, shipped, uses
+from testbed.host_names import Tree, missing, nowhere, shipped, uses
 from testbed.server import comfyui_path
 
 SUITE = """
@@ -124,11 +124,9 @@ def test_what_handles_the_lack_may_not_be_missing(tree):
     assert lacking(source, tree) == {"comfy.newer.a"}
 
 
-def test_a_class_that_a_text_names_must_be_in_one_of_several_trees(tree, tmp_path):
-    other = Tree(tmp_path / "comfy")
-    assert lacking("'comfy.samplers.Sampler'", other, tree) == set()
-    assert lacking("'comfy.samplers.Gone'", other, tree) == {"comfy.samplers.Gone"}
-    assert lacking("'comfy.samplers.Gone'", tree) == set(), "one tree may be too old for it"
+def test_a_class_that_a_text_names_may_be_missing_and_is_said_where_no_tree_has_it(tree, tmp_path):
+    trees, found = [Tree(tmp_path / "comfy"), tree], uses("'comfy.samplers.Sampler', 'comfy.samplers.Gone'")
+    assert nowhere(found, trees) == ["comfy.samplers.Gone"] and missing(found, trees) == {}
 
 
 def test_this_host_has_every_name_that_shipped_files_need():
