@@ -119,7 +119,7 @@ def with_node(model: Any, **inputs: Any) -> Any:
     """A model under the node FasterCache with some of its inputs, the others at their defaults."""
     pack = pack_module("nodes.fastercache")
     node = type("FasterCache", (pack.FasterCache,), {"hidden": SimpleNamespace(unique_id=None)})
-    return pack.with_preset(node, model, {**defaults(node), **inputs})
+    return node.execute(model, **{**defaults(node), **inputs}).result[0]
 
 
 def targets() -> Mapping[str, float]:

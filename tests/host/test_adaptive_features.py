@@ -150,8 +150,8 @@ def only_features(monkeypatch):
     """Forecasts are useless and features perfect: these are reused wherever they can be."""
     observe, probed = Signal.observe, Probe.observe
 
-    def useless(self, sigma, value, unit=None):
-        observe(self, sigma, value, unit)
+    def useless(self, *args):
+        observe(self, *args)
         if self.error is not None:
             self.error = 1e6 * torch.ones_like(self.error)
 

@@ -74,4 +74,7 @@ def test_every_node_takes_what_it_has_by_default(tiny_models, monkeypatch):
     for node in NODES:
         if node.__name__ not in FILES:
             wanted = {entry.id for entry in node.define_schema().inputs}
-            execute(node, tiny_models("sd3"), {name: value for name, value in quick.items() if name in wanted})
+            given = {name: value for name, value in quick.items() if name in wanted}
+            if node.__name__ == "FasterCacheKSampler":
+                given["policy"] = None  # the test's own was found on another model
+            execute(node, tiny_models("sd3"), given)
