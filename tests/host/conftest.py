@@ -20,3 +20,14 @@ def tiny_models():
         return built[name].clone()
 
     return get
+
+
+@pytest.fixture
+def family_names(tiny_models, monkeypatch):
+    """The name of the family of a tiny model."""
+    from fastercache_pack.nodes.host.families import family_of
+
+    from support.further import know_further
+
+    know_further(monkeypatch)
+    return lambda name: family_of(tiny_models(name)).name

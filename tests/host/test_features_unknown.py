@@ -1,12 +1,15 @@
 """Feature reuse on models that no family entry matches: in blocks that are found as the model runs, or else at the
 host's hook for attention."""
 
+import gc
+import weakref
+
 import comfy.ops
 import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from fastercache_pack.fastercache_core import messages
-from fastercache_pack.nodes.host import families
+from fastercache_pack.nodes.host import dry_run, families
 from fastercache_pack.nodes.host.wrappers import attach, last_report
 
 from support.features import (
@@ -364,3 +367,22 @@ def test_blocks_that_cannot_be_told_apart_by_branch_or_run_otherwise_are_not_tak
     model = attach(blocks(what), chosen_by_node())
     sample(model, "sd15", steps=8, cfg=4.0)
     assert "no list of its blocks runs in order" in told(model)
+
+
+@pytest.mark.parametrize("runs_dry", [True, False])
+def test_a_model_whose_blocks_were_found_is_let_go_of(tiny_models, monkeypatch, runs_dry):
+    """The host counts who holds on to a model before it takes it off the GPU."""
+    monkeypatch.setattr(families, "FAMILIES", ())
+    if not runs_dry:
+        monkeypatch.setattr(dry_run.DryRun, "run", lambda *_: 1 / 0)
+    first = attach(tiny_models("sd3"), reusing("stack"))
+    gc.disable()
+    try:
+        sample(first, "sd3", sigmas=STILL)
+        assert "found as it ran" in told(first)
+        held = weakref.ref(first)
+        del first
+        sample(tiny_models("flux"), "flux", sigmas=STILL)
+        assert held() is None
+    finally:
+        gc.enable()

@@ -22,20 +22,13 @@ from support.features import (
     shuffled_batches,
     told,
 )
-from support.newer import NEWER, given, know_newer, lacks
+from support.newer import ENTERED, NEWER, given, know_newer, lacks
 from support.runs import actions, evaluations, relative
 
 # Modules whose output is an attention's, of the families with an entry that names them.
 OWN_ATTENTION = {
     "minimax_h3": {"self": r"^blocks\.\d+\.attn\."},
     "ace15": {"self": r"decoder\.layers\.\d+\.self_attn\.", "cross": r"decoder\.layers\.\d+\.cross_attn\."},
-}
-# Those whose entry counts: the others are found.
-ENTERED = {
-    "minimax_h3": "MiniMax H3",
-    "wan_animate2": "Wan Animate 2",
-    "ace15": "ACE-Step 1.5",
-    "hunyuan_refiner": "HunyuanVideo",
 }
 CASES = [(name, kind) for name in NEWER for kind in (*OWN_ATTENTION.get(name, ()), *SPANS)]
 

@@ -198,7 +198,7 @@ VERSIONED = {
     "chroma": (comfy.ldm.chroma.model.ChromaParams, {"txt_ids_dims": [], "vec_in_dim": None}),
     "hunyuan": (comfy.ldm.hunyuan_video.model.HunyuanVideoParams, {"txt_ids_dims": [], "meanflow_sum": False}),
     "hunyuan15": (comfy.ldm.hunyuan_video.model.HunyuanVideoParams, {"txt_ids_dims": [], "meanflow_sum": True}),
-    "hunyuan_refiner": (comfy.ldm.hunyuan_video.model.HunyuanVideoParams, {"txt_ids_dims": []}),
+    "hunyuan_refiner": (comfy.ldm.hunyuan_video.model.HunyuanVideoParams, {"txt_ids_dims": [], "meanflow_sum": False}),
 }
 
 
