@@ -160,8 +160,8 @@ def other_grid(found: int, steps: int, too_few: bool) -> str:
 
 
 policy_does_not_fit = (
-    "the policy was found on {}, but this model is {}. Find one for this model with FasterCache Auto-FR, or switch on "
-    "other_model to use it all the same."
+    "the policy was found on {}, but this model is {}. Find one for this model with FasterCache Auto-FR, or use it "
+    "all the same with other_model of FasterCache FRDiff."
 ).format
 frdiff_cfg_pp_order = "sampler {} builds on earlier negative outputs: FRDiff would harm it, nothing is skipped".format
 frdiff_cfg_pp_cfg = (

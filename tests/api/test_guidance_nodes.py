@@ -97,3 +97,31 @@ def test_a_wrong_input_of_our_guider_is_named(graphs, inputs, word):
     with pytest.raises(HostError) as error:
         graphs.run(graphs.guided(**inputs))
     assert "FasterCacheGuider" in str(error.value) and word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "inputs, says",
+    [
+        ({"sampler_name": "res_2s"}, "sampler_name is 'res_2s'; it must be one of: euler, "),
+        ({"scheduler": "bong_tangent"}, "scheduler is 'bong_tangent'; it must be one of: "),
+        ({"start_percent": float("nan")}, "start_percent is nan; it must be a number from 0 to 1."),
+        ({"preset": {"balanced": 1}}, "preset is {'balanced': 1}; it must be one of: "),
+        ({"model": "emoji_mmdit"}, "model is 'emoji_mmdit'; it must be a MODEL."),
+        ({"positive": 3}, "positive is 3; it must be a CONDITIONING."),
+    ],
+)
+def test_what_our_ksampler_cannot_take_is_named_with_what_it_can(graphs, inputs, says):
+    with pytest.raises(HostError, match="FasterCacheKSampler") as error:
+        graphs.run(graphs.our_ksampler(**inputs))
+    # What newer hosts refuse by themselves they name in words of their own.
+    refused = any(words in str(error.value) for words in ("Value not in list", "Return type mismatch"))
+    assert says in str(error.value) or (refused and next(iter(inputs)) in str(error.value)), str(error.value)
+
+
+def test_a_queue_of_fifty_alternating_prompts_changes_none_of_them(graphs):
+    kinds = [{"preset": "fast", "seed": 1}, {"preset": "none", "seed": 1}, {"preset": "paper", "seed": 2}]
+    first: dict[int, np.ndarray] = {}
+    for number in range(50):
+        kind = number % len(kinds)
+        picture, _, _ = graphs.run(graphs.our_ksampler(steps=6, **kinds[kind]))
+        assert np.array_equal(picture, first.setdefault(kind, picture)), f"prompt {number}"
