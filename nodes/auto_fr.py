@@ -18,7 +18,7 @@ from .host.found import keep
 from .inputs import denoise_input, model_input, prompt_inputs, sampler_inputs
 from .kinds import CachePolicy
 from .policy import summary
-from .schema import choice, schema, wrong
+from .schema import schema, wrong
 
 METHODS: dict[str, Search] = {
     "exact search": search.find_points,
@@ -62,7 +62,7 @@ class FasterCacheAutoFR(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, **inputs: Any) -> io.NodeOutput:
-        method = choice(cls, inputs, "method", METHODS)
+        method = inputs["method"]
         latent = comfy.utils.repeat_to_batch_size(inputs["latent_image"]["samples"], inputs["pictures"])
         sampling = Sampling(inputs["positive"], inputs["negative"], latent, *(inputs[name] for name in SAMPLING))
         try:

@@ -16,7 +16,7 @@ from ..fastercache_core.settings import CacheSettings
 from ..fastercache_core.signal import DifferenceSettings
 from .host.wrappers import attach
 from .inputs import advanced, cfg_input, fraction, model_input, model_output, prompt_inputs, window_inputs
-from .schema import WITH_ID, Inputs, Node, choice, schema, window
+from .schema import WITH_ID, Inputs, Node, schema, window
 
 TOLERANCE = 0.016  # of a skipped step, as measured
 
@@ -48,8 +48,8 @@ def guidance_inputs() -> list[io.Input]:
 
 def difference_settings(node: Node, inputs: Inputs) -> DifferenceSettings:
     """How the difference is carried forward and weighed, as the inputs of `node` say."""
-    forecast, weights = choice(node, inputs, "forecast", FORECASTERS), choice(node, inputs, "weights", WEIGHTS)
-    row = choice(node, {"released": RELEASED[0], **inputs}, "released", RELEASED)
+    forecast, weights = inputs["forecast"], inputs["weights"]
+    row = inputs.get("released", RELEASED[0])
     if weights == "released":
         return replace(PUBLISHED[row].difference, forecast=forecast)
     shape = (inputs[name] for name in ("radius", "bands", "alpha_low", "alpha_high", "switch_percent"))

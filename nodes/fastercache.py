@@ -18,7 +18,7 @@ from .features import AUTOMATIC, feature_inputs, feature_settings, reuse_inputs
 from .host.families import family_of
 from .host.wrappers import attach
 from .inputs import advanced, model_input, model_output, window_inputs
-from .schema import WITH_ID, Inputs, Node, choice, schema, window
+from .schema import WITH_ID, Inputs, Node, schema, window
 
 # Target PSNR of the adaptive presets in dB: nine of ten pictures are closer.
 CLOSENESS = {"exact-looking": 50.0, "balanced": 42.0, "fast": 36.0}
@@ -82,7 +82,7 @@ def adaptive_settings(label: str, inputs: Inputs, span: Window) -> CacheSettings
 
 def paper_settings(node: Node, model: ModelPatcher, inputs: Inputs, span: Window) -> CacheSettings:
     """The published settings that are chosen, or those for the family of `model`."""
-    row = choice(node, {"published": AUTOMATIC, **inputs}, "published", (AUTOMATIC, *PUBLISHED))
+    row = inputs.get("published", AUTOMATIC)
     family = family_of(model).name
     name = row_for(family) if row == AUTOMATIC else row
     note = messages.takes_row(name, PUBLISHED[name].source, family if row == AUTOMATIC else None)
@@ -110,7 +110,7 @@ class FasterCache(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, **inputs: Any) -> io.NodeOutput:
-        span, preset = window(cls, inputs), choice(cls, inputs, "preset", PRESETS)
+        span, preset = window(cls, inputs), inputs["preset"]
         if preset == "paper":
             settings = paper_settings(cls, model, inputs, span)
         else:

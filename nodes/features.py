@@ -9,7 +9,7 @@ from ..fastercache_core.clock import Interval, Window
 from ..fastercache_core.features.reuse import REUSE_WEIGHTS, ReuseSettings
 from ..fastercache_core.features.storage import DTYPES, StorageSettings
 from .inputs import advanced, fraction
-from .schema import Inputs, Node, choice, wrong
+from .schema import Inputs, Node, wrong
 
 WEIGHTS = ("as preset", "off", *REUSE_WEIGHTS)
 DEVICES = {"same": None, "cpu": "cpu", "second gpu": "cuda:1"}
@@ -90,8 +90,8 @@ def storage_inputs() -> list[io.Input]:
 
 def feature_settings(node: Node, inputs: Inputs, preset: ReuseSettings | None, span: Window) -> ReuseSettings | None:
     """ReuseSettings of a node's inputs, None for off; preset: the preset's. Raises ValueError on wrong inputs."""
-    weight = choice(node, inputs, "feature_reuse", WEIGHTS)
-    depth = choice(node, inputs, "reuse_depth", (AUTOMATIC, *DEPTHS))
+    weight = inputs["feature_reuse"]
+    depth = inputs["reuse_depth"]
     storage = storage_settings(node, inputs)
     if weight == "as preset":
         return preset and replace(preset, storage=storage)
@@ -109,8 +109,8 @@ def feature_settings(node: Node, inputs: Inputs, preset: ReuseSettings | None, s
 
 def storage_settings(node: Node, inputs: Inputs) -> StorageSettings:
     """StorageSettings of a node's inputs. Raises ValueError on wrong inputs, and for a GPU that is not there."""
-    dtype = choice(node, inputs, "memory_dtype", DTYPES)
-    device, count = choice(node, inputs, "memory_device", DEVICES), torch.cuda.device_count()
+    dtype = inputs["memory_dtype"]
+    device, count = inputs["memory_device"], torch.cuda.device_count()
     if device == "second gpu" and count < 2:
         machine = f"this machine has {count} GPU(s)"
         raise wrong(node, f"memory_device is 'second gpu', but {machine}; choose 'same' or 'cpu'.")

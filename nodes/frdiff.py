@@ -18,7 +18,7 @@ from .host.fingerprint import model_fingerprint
 from .host.wrappers import attach
 from .inputs import advanced, fraction, model_input, model_output, window_inputs
 from .kinds import CachePolicy
-from .schema import WITH_ID, Node, choice, schema, window, wrong
+from .schema import WITH_ID, Node, schema, window, wrong
 
 
 def frdiff_settings(mixing: MixSettings, storage: StorageSettings) -> CacheSettings:
@@ -71,7 +71,7 @@ class FasterCacheFRDiff(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, policy: Policy | None = None, **inputs: Any) -> io.NodeOutput:
-        mixing = choice(cls, inputs, "score_mixing", MIXINGS)
+        mixing = inputs["score_mixing"]
         storage, span = storage_settings(cls, inputs), window(cls, inputs)
         if policy is None:
             shape = mixing, inputs["slope"], inputs["bias"], span, inputs.get("skip_last", False)

@@ -24,7 +24,7 @@ from .frdiff import checked_policy, frdiff_settings, policy_settings
 from .host.wrappers import attach, last_report
 from .inputs import denoise_input, model_input, prompt_inputs, sampler_inputs, shown_with, window_inputs
 from .kinds import CachePolicy
-from .schema import WITH_ID, Inputs, Node, choice, schema, window, wrong
+from .schema import WITH_ID, Inputs, Node, schema, window, wrong
 
 # In the order of the host's function.
 SAMPLING = ("seed", "steps", "cfg", "sampler_name", "scheduler", "positive", "negative", "latent_image")
@@ -45,7 +45,7 @@ class Asked:
 def _automatic(asked: Asked) -> CacheSettings:
     if asked.inputs.get("policy") is not None:
         return _policy(asked)
-    return adaptive_settings(choice(asked.node, asked.inputs, "preset", CLOSENESS), asked.inputs, asked.span)
+    return adaptive_settings(asked.inputs["preset"], asked.inputs, asked.span)
 
 
 def _measured(asked: Asked) -> CacheSettings:
@@ -55,12 +55,12 @@ def _measured(asked: Asked) -> CacheSettings:
 
 
 def _published(asked: Asked) -> CacheSettings:
-    row = choice(asked.node, {"published": GUIDED[0], **asked.inputs}, "published", GUIDED)
+    row = asked.inputs.get("published", GUIDED[0])
     return published_guidance(row, asked.span)
 
 
 def _frdiff(asked: Asked) -> CacheSettings:
-    mixing = choice(asked.node, asked.inputs, "score_mixing", MIXINGS)
+    mixing = asked.inputs["score_mixing"]
     return frdiff_settings(MixSettings(asked.inputs["interval"], mixing, window=asked.span), StorageSettings())
 
 
@@ -130,7 +130,7 @@ class FasterCacheKSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, **inputs: Any) -> io.NodeOutput:
-        method = choice(cls, inputs, "method", METHODS)
+        method = inputs["method"]
         if inputs.get("policy") is not None and method not in (AUTOMATIC, POLICY):
             way_out = "choose the method 'policy' or 'automatic', or disconnect it"
             raise wrong(cls, f"a policy is connected, but the method is {method!r}; {way_out}.")

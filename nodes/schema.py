@@ -1,7 +1,7 @@
 """What the nodes' schemas have in common, fields that only newer hosts know, and errors that name their node."""
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import wraps
 from reprlib import repr as shortened
 from typing import Any
@@ -61,17 +61,6 @@ def checked(node: Node) -> Node:
 
     node.execute = classmethod(refusing)
     return node
-
-
-def choice(node: Node, inputs: Inputs, name: str, allowed: Collection[str]) -> str:
-    """The value of the input `name`. Raises ValueError if it is not one of `allowed`.
-
-    The host checks choices typed on its page, but not those posted over its API.
-    """
-    value = inputs[name]
-    if not isinstance(value, str) or value not in allowed:
-        raise wrong(node, f"{name} is {shortened(value)}; it must be one of: {', '.join(allowed)}.")
-    return value
 
 
 def window(node: Node, inputs: Inputs) -> Window:

@@ -83,7 +83,7 @@ class TogetherController:
             return step
         if not self.keyframes and (self.predicted or (signals.output and not signals.output.ready)):
             return step
-        estimate = self.guidance.choose(evaluation, Signals(None, signals.estimates))
+        estimate = self.guidance.choose(evaluation, replace(signals, output=None, differences=signals.estimates))
         return replace(estimate, reuses=self.keyframes) if estimate.action is Action.ESTIMATE else step
 
     def unit(self, pass_: Pass, cond: Tensor) -> Tensor | None:

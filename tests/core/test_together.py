@@ -139,6 +139,17 @@ def test_cfg_cache_acts_where_no_step_is_predicted(sampler: str) -> None:
     assert error(both) < 3e-3
 
 
+@pytest.mark.parametrize("nodes", [(), (STEPS_NODE,)], ids=["alone", "beside predicted steps"])
+def test_the_tolerance_of_cfg_cache_is_that_of_the_guided_result(nodes: tuple[CacheSettings, ...]) -> None:
+    """An error of the difference counts as often as guidance multiplies it."""
+    rough = Model(surprise=lambda sigma: 1.0, difference_surprise=0.01)
+    careful = CacheSettings(
+        "careful", IntervalSettings(estimate=Interval(2), tolerance=2e-3), DifferenceSettings("fitted")
+    )
+    weak, strong = (run(*nodes, careful, model=rough, cfg=cfg).count(Action.ESTIMATE) for cfg in (1.5, 12.0))
+    assert strong < weak / 2
+
+
 def test_where_steps_are_predicted_anyway_cfg_cache_is_not_in_the_way() -> None:
     alone, both = run(STEPS_NODE), run(STEPS_NODE, GUIDANCE_NODE)
     assert both.count(Action.PREDICT) > 0.8 * alone.count(Action.PREDICT) and both.rows <= alone.rows + 4

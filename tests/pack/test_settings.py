@@ -58,9 +58,8 @@ def test_a_depth_stays_inside_the_window_and_ends_before_it(depth):
 
 @pytest.mark.parametrize("name, value", [("feature_reuse", "measured"), ("reuse_depth", ""), ("memory_dtype", "fp4")])
 def test_a_wrong_choice_is_named(name, value):
-    inputs = {"feature_reuse": "fitted", "reuse_depth": "automatic", **STORAGE, name: value}
     with pytest.raises(ValueError, match=f"^FasterCache: {name} is '{value}'; it must be one of: "):
-        feature_settings(FasterCache, inputs, None, SPAN)
+        FasterCache.execute(None, **{name: value})
 
 
 def test_a_second_gpu_must_be_there(monkeypatch):
