@@ -17,6 +17,9 @@ from testbed.beds import BEDS
 from testbed.pack import PACK, load_pack
 
 ORDER = [action.value for action in Action]
+# What samplers add on the way is drawn from another seed than the noise they begin with: on a CPU, ComfyUI up to 0.3.75
+# draws the same twice.
+OTHER_NOISE = 10_000
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Painter:
         sampler = comfy.samplers.sampler_object(setting.sampler)
         conds = self.conditioning(job.prompt), self.conditioning("")
         inputs = noise, setting.cfg, sampler, torch.tensor(sigmas), *conds, latent
-        return comfy.sample.sample_custom(model, *inputs, disable_pbar=True, seed=seed)
+        return comfy.sample.sample_custom(model, *inputs, disable_pbar=True, seed=seed + OTHER_NOISE)
 
     def sigmas(self, sampler: str, steps: int) -> Sigmas:
         """What the host's KSampler walks through with its scheduler `simple`."""
