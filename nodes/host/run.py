@@ -389,6 +389,7 @@ class CacheRun:
             settings.found
             and settings.output
             and settings.controller.uses_errors
+            and self.context.solver.corrects
             and messages.NO_STEPS < steps <= messages.FEW_STEPS
         ):
             predicted = sum({*actions.values()} == {Action.PREDICT.value} for actions in evaluations)

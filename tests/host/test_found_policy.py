@@ -74,3 +74,9 @@ def test_with_few_steps_and_without_one_the_node_says_what_a_policy_costs(painte
     would_help = messages.policy_would_help(7)
     assert would_help in notes(painter, closeness=48.0)
     assert would_help not in notes(painter, steps=20)
+
+
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "lcm"])
+def test_where_a_policy_may_predict_nothing_none_is_offered(painter, tmp_path, monkeypatch, sampler):
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    assert messages.policy_would_help(7) not in notes(painter, closeness=48.0, sampler=sampler)

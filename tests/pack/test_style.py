@@ -10,7 +10,7 @@ from testbed.check import CHECKS, PACKAGES, check
 ROOT = Path(__file__).parents[2]
 SHORT, LONGEST, SHORT_SHARE = 22, 45, 0.9  # lines: short functions have fewer than SHORT
 PARAMETERS = 6  # at most, beside self and cls
-CODE = 5921  # lines of shipped code in all, without blank lines, imports, comments and docstrings
+CODE = 5922  # lines of shipped code in all, without blank lines, imports, comments and docstrings
 
 
 def shipped() -> list[Path]:
